@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh Debian 12 or Ubuntu 24.04 machine, as root: make demo, make test.
+
+PYTHON := /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
+
+.PHONY: setup demo test lint format docs bench
+
+# A stamp, so that the packages are looked at once: remove .venv to do it again.
+setup: $(VENV)/.ready
+	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
+	@mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
+
+$(VENV)/.ready: pyproject.toml Makefile
+	@[ "$$(id -u)" = 0 ] || { echo "eBPF and network namespaces need root: run 'sudo make'." >&2; exit 1; }
+	@dpkg -s $(PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(PACKAGES); }
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/vip-tracer demo
+
+test: setup
+	$(BIN)/python -m pytest -q tests
+
+lint: setup
+	$(BIN)/ruff check tracer tests
+	$(BIN)/ruff format --check tracer tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror bpf/*.c bpf/*.h bpf/include/linux/*.h
+
+format: setup
+	$(BIN)/ruff check --fix tracer tests
+	$(BIN)/ruff format tracer tests
+	$(BIN)/clang-format -i bpf/*.c bpf/*.h bpf/include/linux/*.h
+
+docs: setup
+	$(BIN)/vip-tracer schema -o markdown > docs/schema.md
+
+bench: setup
+	$(BIN)/python -m tests.bench.ring_to_parquet
+	$(BIN)/python -m tests.bench.kernel_cost

@@ -1,0 +1,264 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* conntrack's own events, read from ctnetlink's messages as a socket filter sees them.
+ *
+ * The messages are user-space API (include/uapi/linux/netfilter/nfnetlink_conntrack.h). Their head has one layout
+ * for all kernels since at least 5.10 (ctnetlink_conntrack_event): nlmsghdr, nfgenmsg, the original tuple, the
+ * reply tuple, a zone if it is not 0, the id. It is loaded in one piece and every attribute header compared with
+ * what it must be; whatever does not match is counted. So the program stays small enough for the 20 KiB of
+ * net.core.optmem_max that an attached filter is charged to. */
+#ifndef TRACER_CONNTRACK_H
+#define TRACER_CONNTRACK_H
+
+#include "connection.h"
+
+#define IPCTNL_MSG_CT_NEW 0
+#define IPCTNL_MSG_CT_DELETE 2
+#define CTA_TUPLE_ORIG 1
+#define CTA_TUPLE_REPLY 2
+#define CTA_ID 12
+#define CTA_ZONE 18
+#define NLA_F_NESTED 0x8000
+
+/* An attribute's header as the little-endian word it is: length, then type. */
+#define ATTRIBUTE(length, type) ((__u32)(length) | (__u32)(type) << 16)
+#define NEST(length, type) ATTRIBUTE(length, (type) | NLA_F_NESTED)
+
+struct message_head {
+	__u32 length;
+	__u16 type;
+	__u16 flags;
+	__u32 sequence;
+	__u32 port_id;
+	__u8 family;
+	__u8 version;
+	__u16 resource;
+};
+
+/* CTA_TUPLE_PROTO: number, source port, destination port, each padded to four bytes. */
+struct message_ports {
+	__u32 nest;
+	__u32 number_header;
+	__u8 number;
+	__u8 number_padding[3];
+	__u32 src_header;
+	__u16 src;
+	__u16 src_padding;
+	__u32 dst_header;
+	__u16 dst;
+	__u16 dst_padding;
+};
+
+struct message_tuple_v4 {
+	__u32 nest;
+	__u32 ip_nest;
+	__u32 src_header;
+	__u32 src;
+	__u32 dst_header;
+	__u32 dst;
+	struct message_ports ports;
+};
+
+struct message_tuple_v6 {
+	__u32 nest;
+	__u32 ip_nest;
+	__u32 src_header;
+	__u32 src[4];
+	__u32 dst_header;
+	__u32 dst[4];
+	struct message_ports ports;
+};
+
+struct message_v4 {
+	struct message_head head;
+	struct message_tuple_v4 original;
+	struct message_tuple_v4 reply;
+};
+
+struct message_v6 {
+	struct message_head head;
+	struct message_tuple_v6 original;
+	struct message_tuple_v6 reply;
+};
+
+_Static_assert(sizeof(struct message_v4) == 16 + 4 + 52 + 52, "ctnetlink's IPv4 head");
+_Static_assert(sizeof(struct message_v6) == 16 + 4 + 76 + 76, "ctnetlink's IPv6 head");
+
+/* What follows the tuples: [zone] id. */
+struct message_tail {
+	__u32 first_header;
+	__u32 first;
+	__u32 second_header;
+	__u32 second;
+};
+
+static __always_inline bool ports_fit(const struct message_ports *ports)
+{
+	return ports->nest == NEST(sizeof(*ports), 2) && ports->number_header == ATTRIBUTE(5, 1) &&
+	       ports->src_header == ATTRIBUTE(6, 2) && ports->dst_header == ATTRIBUTE(6, 3);
+}
+
+static __always_inline bool v4_fits(const struct message_tuple_v4 *tuple, __u16 type)
+{
+	return tuple->nest == NEST(sizeof(*tuple), type) && tuple->ip_nest == NEST(20, 1) &&
+	       tuple->src_header == ATTRIBUTE(8, 1) && tuple->dst_header == ATTRIBUTE(8, 2) && ports_fit(&tuple->ports);
+}
+
+static __always_inline bool v6_fits(const struct message_tuple_v6 *tuple, __u16 type)
+{
+	return tuple->nest == NEST(sizeof(*tuple), type) && tuple->ip_nest == NEST(44, 1) &&
+	       tuple->src_header == ATTRIBUTE(20, 3) && tuple->dst_header == ATTRIBUTE(20, 4) &&
+	       ports_fit(&tuple->ports);
+}
+
+static __always_inline void copy_v6(struct address *to, const __u32 from[4])
+{
+	to->words[0] = from[0];
+	to->words[1] = from[1];
+	to->words[2] = from[2];
+	to->words[3] = from[3];
+}
+
+static __always_inline void copy_ports(struct tuple *tuple, struct translation *translation,
+				       const struct message_ports *original, const struct message_ports *reply)
+{
+	tuple->src_port = original->src;
+	tuple->dst_port = original->dst;
+	tuple->protocol = original->number;
+	translation->backend_port = reply->src;
+	translation->snat_port = reply->dst;
+}
+
+/* Entries of other protocols have no ports, or other attributes in their place: looked at only when the head
+ * did not fit, so that the usual event pays for one load. */
+static __always_inline void count_misfit(struct __sk_buff *skb, __u32 number_offset)
+{
+	__u8 number = IPPROTO_TCP;
+
+	bpf_skb_load_bytes(skb, number_offset, &number, 1);
+	count(number == IPPROTO_TCP ? COUNT_MALFORMED_EVENTS : COUNT_IGNORED_PROTOCOL);
+}
+
+static __always_inline bool read_v4(struct __sk_buff *skb, struct tuple *tuple, struct translation *translation)
+{
+	struct message_v4 message;
+
+	if (bpf_skb_load_bytes(skb, 0, &message, sizeof(message)) || !v4_fits(&message.original, CTA_TUPLE_ORIG) ||
+	    !v4_fits(&message.reply, CTA_TUPLE_REPLY)) {
+		count_misfit(skb, offsetof(struct message_v4, original.ports.number));
+		return false;
+	}
+	set_v4(&tuple->src, message.original.src);
+	set_v4(&tuple->dst, message.original.dst);
+	set_v4(&translation->backend, message.reply.src);
+	set_v4(&translation->snat, message.reply.dst);
+	copy_ports(tuple, translation, &message.original.ports, &message.reply.ports);
+	return true;
+}
+
+static __always_inline bool read_v6(struct __sk_buff *skb, struct tuple *tuple, struct translation *translation)
+{
+	struct message_v6 message;
+
+	if (bpf_skb_load_bytes(skb, 0, &message, sizeof(message)) || !v6_fits(&message.original, CTA_TUPLE_ORIG) ||
+	    !v6_fits(&message.reply, CTA_TUPLE_REPLY)) {
+		count_misfit(skb, offsetof(struct message_v6, original.ports.number));
+		return false;
+	}
+	copy_v6(&tuple->src, message.original.src);
+	copy_v6(&tuple->dst, message.original.dst);
+	copy_v6(&translation->backend, message.reply.src);
+	copy_v6(&translation->snat, message.reply.dst);
+	copy_ports(tuple, translation, &message.original.ports, &message.reply.ports);
+	return true;
+}
+
+/* Never by status bits: IPVS sets none. The reply is the inverse of the original unless something was rewritten. */
+static __always_inline __u8 nat_of(const struct tuple *tuple, const struct translation *translation)
+{
+	__u8 nat = 0;
+
+	if (tuple->dst_port != translation->backend_port || !same_address(&tuple->dst, &translation->backend))
+		nat |= NAT_DNAT;
+	if (tuple->src_port != translation->snat_port || !same_address(&tuple->src, &translation->snat))
+		nat |= NAT_SNAT;
+	return nat ? nat : NAT_NONE;
+}
+
+static __always_inline void remember_zone(__u16 zone)
+{
+	for (__u32 i = 0; i < ZONES; i++) {
+		__u32 slot = i, *seen = bpf_map_lookup_elem_(ZONES_SEEN, &slot);
+
+		if (!seen || *seen == zone)
+			return;
+		if (!*seen) {
+			*seen = zone;
+			return;
+		}
+	}
+}
+
+static __always_inline void conntrack_event(struct __sk_buff *skb)
+{
+	struct translation translation = {}, *known;
+	struct message_tail tail;
+	struct tuple tuple = {};
+	__u32 offset;
+	__u16 type;
+	__u8 family;
+
+	if (bpf_skb_load_bytes(skb, offsetof(struct message_head, type), &type, sizeof(type)) ||
+	    bpf_skb_load_bytes(skb, offsetof(struct message_head, family), &family, sizeof(family))) {
+		count(COUNT_MALFORMED_EVENTS);
+		return;
+	}
+	if (family == AF_INET) {
+		if (!read_v4(skb, &tuple, &translation))
+			return; /* counted there */
+		offset = sizeof(struct message_v4);
+	} else {
+		if (!read_v6(skb, &tuple, &translation))
+			return; /* counted there */
+		offset = sizeof(struct message_v6);
+	}
+	if (tuple.protocol != IPPROTO_TCP) {
+		count(COUNT_IGNORED_PROTOCOL);
+		return;
+	}
+	if (bpf_skb_load_bytes(skb, offset, &tail, sizeof(tail))) {
+		count(COUNT_MALFORMED_EVENTS);
+		return;
+	}
+	if (tail.first_header == ATTRIBUTE(6, CTA_ZONE)) {
+		tuple.zone = translation.zone = bpf_ntohs((__u16)tail.first);
+		remember_zone(tuple.zone);
+		tail.first_header = tail.second_header;
+		tail.first = tail.second;
+	}
+	if (tail.first_header != ATTRIBUTE(8, CTA_ID)) {
+		count(COUNT_MALFORMED_EVENTS);
+		return;
+	}
+	translation.ct_id = bpf_ntohl(tail.first);
+
+	if ((type & 0xff) == IPCTNL_MSG_CT_NEW) {
+		translation.created = bpf_ktime_get_boot_ns();
+		translation.nat = nat_of(&tuple, &translation);
+		translation.source = SOURCE_CONNTRACK;
+		count(COUNT_CONNTRACK_NEW);
+		if (bpf_map_update_elem_(TRANSLATIONS, &tuple, &translation, BPF_ANY))
+			count(COUNT_LOST_TRANSLATION_MAP);
+	} else if ((type & 0xff) == IPCTNL_MSG_CT_DELETE) {
+		count(COUNT_CONNTRACK_DESTROY);
+		known = bpf_map_lookup_elem_(TRANSLATIONS, &tuple);
+		/* An id that differs: the entry was replaced, and this is the end of the old one. */
+		if (known && known->ct_id == translation.ct_id)
+			bpf_map_delete_elem_(TRANSLATIONS, &tuple);
+		else
+			count(COUNT_STALE_DESTROY);
+	} else {
+		count(COUNT_MALFORMED_EVENTS);
+	}
+}
+
+#endif

@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* What the socket iterator does with each TCP socket of a namespace: takes it in at the start, gives it a row when
+ * its interval is over, and a last row when the tracer stops.
+ *
+ * It cannot race with the tracepoint for one socket: since 5.15 the kernel holds the socket's lock around the
+ * program (04c7820b776f, "bpf: tcp: Bpf iter batching and lock_sock"), before that the hash bucket's, which
+ * tcp_set_state(CLOSE) needs to unhash the socket before the tracepoint fires. */
+#ifndef TRACER_ITERATOR_H
+#define TRACER_ITERATOR_H
+
+#include "connection.h"
+
+struct iterator_context {
+	const void *meta;
+	const void *sk_common;
+};
+
+static __always_inline __u64 listener_key(__u32 netns, __u16 port)
+{
+	return (__u64)netns << 16 | port;
+}
+
+static __always_inline void remember_listener(const void *sk)
+{
+	__u64 key;
+	__u16 port;
+	__u8 one = 1;
+
+	READ(port, sk, OFFSET_sock_common__skc_num);
+	key = listener_key(read_netns(sk), bpf_htons(port));
+	if (bpf_map_update_elem_(LISTENERS, &key, &one, BPF_ANY))
+		count(COUNT_LOST_CONNECTION_MAP);
+}
+
+/* Accepted or dialled: by conntrack's original direction, else by a listener on the local port. */
+static __always_inline bool was_accepted(struct record *row)
+{
+	__u64 key = listener_key(row->netns, row->tuple.src_port);
+
+	if (find_translation(&row->tuple))
+		return false;
+	return bpf_map_lookup_elem_(LISTENERS, &key) != NULL;
+}
+
+static __always_inline void adopt(const void *sk, __u8 state)
+{
+	struct connection connection = {};
+	struct record *row = &connection.row;
+
+	if (!describe(sk, row) || was_accepted(row))
+		return; /* filtered by option or not dialled: not offered */
+	row->conn_id = next_conn_id(ORIGIN_ITERATOR);
+	row->ts = connection.visited = bpf_ktime_get_boot_ns();
+	row->flags |= FLAG_COUNTED;
+	if (state != BPF_TCP_SYN_SENT)
+		row->flags |= FLAG_ESTABLISHED;
+	join(sk, row);
+#if !INCLUDE_LOOPBACK
+	if (is_loopback(&row->tuple.dst) && !(row->nat & (NAT_DNAT | NAT_SNAT)))
+		return; /* left out by default: not offered */
+#endif
+	/* What was before the tracer is not counted: it is as if it had been reported. */
+	read_totals(sk, &connection.reported);
+	count(COUNT_ADOPTED);
+	if (insert(sk, &connection))
+		count(COUNT_LOST_CONNECTION_MAP);
+}
+
+/* Whether a connection gets a row now. When the tracer stops, each gets just one, however often the walk is
+ * repeated. */
+static __always_inline bool due(const struct connection *connection, __u64 mode)
+{
+	if (mode == MODE_INTERIM)
+		return bpf_ktime_get_boot_ns() - connection->row.ts >= INTERVAL_NS;
+	return mode == MODE_FLUSH && connection->row.ts < control(CONTROL_PAUSE);
+}
+
+/* Interim rows leave half of the ring to closing rows, which cannot wait. */
+static __always_inline void visit(const void *sk)
+{
+	struct connection *connection;
+	__u64 key = (__u64)sk, mode;
+	__u8 state = 0;
+
+	READ(state, sk, OFFSET_sock_common__skc_state);
+	mode = control(CONTROL_MODE);
+	if (state == BPF_TCP_LISTEN) {
+		if (mode == MODE_ADOPT)
+			remember_listener(sk);
+		return;
+	}
+	/* Time-wait and request sockets are other, smaller structures; a closed socket had its last row. */
+	if (state == BPF_TCP_TIME_WAIT || state == BPF_TCP_NEW_SYN_RECV || state == BPF_TCP_CLOSE)
+		return;
+	connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	if (!connection) {
+		if (mode == MODE_ADOPT)
+			adopt(sk, state);
+		return; /* otherwise: not traced, or counted as lost when it began */
+	}
+	connection->visited = bpf_ktime_get_boot_ns();
+	if (!due(connection, mode) || !is_entry_of(sk, &connection->row))
+		return; /* an entry of another socket is counted when this one ends */
+	if (bpf_ringbuf_query(RECORDS, BPF_RB_AVAIL_DATA) < RING_BYTES / 2 &&
+	    emit(sk, connection, bpf_ktime_get_boot_ns(), RESULT_OPEN, 0))
+		count(COUNT_INTERIM);
+	else
+		count(COUNT_DEFERRED);
+}
+
+#endif

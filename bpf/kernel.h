@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* Reading the kernel's structures: no kernel header, but byte offsets that the loader found in BTF and passes
+ * as -D OFFSET_<struct>__<field> (tracer/kernel/btf.py lists them). */
+#ifndef TRACER_KERNEL_H
+#define TRACER_KERNEL_H
+
+#include "maps.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
+#define IPPROTO_SCTP 132
+#define ECONNRESET 104
+#define EADDRNOTAVAIL 99
+#define EEXIST 17
+
+/* Copies the field at `offset` of a kernel object; on a fault the destination is zeroed by the helper. */
+#define READ(destination, object, offset) \
+	bpf_probe_read_kernel(&(destination), sizeof(destination), (const void *)(object) + (offset))
+
+static __always_inline void set_v4(struct address *address, __u32 v4)
+{
+	address->words[0] = 0;
+	address->words[1] = 0;
+	address->words[2] = bpf_htonl(0xffff);
+	address->words[3] = v4;
+}
+
+static __always_inline bool is_v4(const struct address *address)
+{
+	return address->halves[0] == 0 && address->words[2] == bpf_htonl(0xffff);
+}
+
+/* 127.0.0.0/8 or ::1 */
+static __always_inline bool is_loopback(const struct address *address)
+{
+	if (is_v4(address))
+		return address->bytes[12] == 127;
+	return address->halves[0] == 0 && address->words[2] == 0 && address->words[3] == bpf_htonl(1);
+}
+
+static __always_inline bool same_address(const struct address *a, const struct address *b)
+{
+	return a->halves[0] == b->halves[0] && a->halves[1] == b->halves[1];
+}
+
+/* The part of struct sock_common that every lookup needs, in one read: all of it lies in the first bytes, and the
+ * loader refuses a kernel where it does not. */
+struct socket_head {
+	__u8 bytes[SOCKET_HEAD_SIZE];
+};
+
+#define HEAD(type, head, field) (*(type *)((head)->bytes + OFFSET_sock_common__##field))
+
+/* The tuple of a socket as its own side sees it. An IPv6 socket talking to a v4-mapped address has both: the
+ * v6 fields are read, and say ::ffff:a.b.c.d. The local port is skc_num, 0 until the kernel has chosen one. */
+static __always_inline bool read_tuple(const void *sk, struct tuple *tuple)
+{
+	struct socket_head head;
+	__u16 family;
+
+	READ(head, sk, 0);
+	family = HEAD(__u16, &head, skc_family);
+	tuple->src_port = bpf_htons(HEAD(__u16, &head, skc_num));
+	tuple->dst_port = HEAD(__u16, &head, skc_dport);
+	tuple->zone = 0;
+	tuple->protocol = IPPROTO_TCP;
+	tuple->reserved = 0;
+	if (family == AF_INET) {
+		set_v4(&tuple->src, HEAD(__u32, &head, skc_rcv_saddr));
+		set_v4(&tuple->dst, HEAD(__u32, &head, skc_daddr));
+		return true;
+	}
+	if (family != AF_INET6)
+		return false;
+	READ(tuple->src, sk, OFFSET_sock_common__skc_v6_rcv_saddr);
+	READ(tuple->dst, sk, OFFSET_sock_common__skc_v6_daddr);
+	return true;
+}
+
+static __always_inline __u32 read_netns(const void *sk)
+{
+	const void *net = NULL;
+	__u32 inode = 0;
+
+	READ(net, sk, OFFSET_sock_common__skc_net);
+	READ(inode, net, OFFSET_net__ns + OFFSET_ns_common__inum);
+	return inode;
+}
+
+/* Totals of a TCP socket, as the contract counts them. bytes_received counts a received FIN as a byte (it follows
+ * rcv_nxt, tcp_rcv_nxt_update), and tcp_fin() sets SOCK_DONE right after it; bytes_sent counts no SYN and no FIN, but
+ * retransmitted bytes again (tcp_output.c). */
+static __always_inline void read_totals(const void *sk, struct reported *totals)
+{
+	__u64 retransmitted = 0;
+	unsigned long flags = 0;
+
+	READ(totals->bytes_sent, sk, OFFSET_tcp_sock__bytes_sent);
+	READ(retransmitted, sk, OFFSET_tcp_sock__bytes_retrans);
+	READ(totals->bytes_received, sk, OFFSET_tcp_sock__bytes_received);
+	READ(totals->packets_sent, sk, OFFSET_tcp_sock__segs_out);
+	READ(totals->packets_received, sk, OFFSET_tcp_sock__segs_in);
+	READ(totals->retransmits, sk, OFFSET_tcp_sock__total_retrans);
+	READ(flags, sk, OFFSET_sock_common__skc_flags);
+	totals->bytes_sent -= retransmitted;
+	if (flags & (1UL << SOCK_DONE))
+		totals->bytes_received -= 1;
+}
+
+#endif

@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* The maps. User space makes them (tracer/kernel/maps.py) and passes their descriptors as -D NAME_FD, so
+ * that sizes are decided by arithmetic at the start and the descriptors outlive the process that compiles.
+ * All hash maps are plain and preallocated: an insert that does not fit fails and is counted, nothing is
+ * evicted, and no allocation happens in the packet's path. */
+#ifndef TRACER_MAPS_H
+#define TRACER_MAPS_H
+
+#include "counters.h"
+#include "record.h"
+
+#define MAP(fd) ((uintptr_t)bpf_pseudo_fd(1 /* BPF_PSEUDO_MAP_FD */, fd))
+
+/* What the ring has been told of a connection so far: totals as the socket counts them. */
+struct reported {
+	__u64 bytes_sent;
+	__u64 bytes_received;
+	__u32 packets_sent;
+	__u32 packets_received;
+	__u32 retransmits;
+	__u32 padding;
+};
+
+/* A live connection: the next row as far as it is known, and what was reported before.
+ * row.ts is the end of what was reported so far: the beginning of the next row. */
+struct connection {
+	struct record row;
+	struct reported reported;
+	__u64 visited; /* CLOCK_BOOTTIME ns: when the iterator last met the socket */
+};
+
+/* How conntrack rewrote an original tuple: the reply tuple, read as an answer. */
+struct translation {
+	struct address backend; /* reply source: where the connection really goes */
+	struct address snat;	/* reply destination: as whom it goes there */
+	__u16 backend_port;
+	__u16 snat_port;
+	__u32 ct_id;
+	__u64 created; /* CLOCK_BOOTTIME ns: when the entry was inserted here */
+	__u64 conn_id; /* the connection that claimed it last; 0: no socket of this kernel has */
+	__u64 socket;  /* that connection's socket, to ask whether it is still open */
+	__u8 nat;      /* enum nat */
+	__u8 source;   /* enum nat_source: CONNTRACK or DUMP */
+	__u16 zone;
+	__u8 reserved[4];
+};
+
+/* connections: socket pointer -> struct connection. Hash. Inserted at SYN_SENT and, for sockets older than the
+ * tracer, by the iterator; deleted at CLOSE, which every TCP socket passes before it is freed (tcp_done,
+ * tcp_disconnect), or else when the socket is destroyed, so nothing leaks and a reused pointer never finds an old
+ * entry. Read by the iterator. Full: COUNT_LOST_CONNECTION_MAP. */
+#define CONNECTIONS MAP(CONNECTIONS_FD)
+
+/* translations: struct tuple -> struct translation. Hash.
+ * Inserted at conntrack's NEW and by the dump at the start (tracer/kernel/conntrack.py); deleted at DESTROY and
+ * by the reconciliation with a dump, for entries whose DESTROY is not sent (born before anybody listened).
+ * Not deleted when a socket claims it: conntrack reuses an entry in TIME_WAIT for a new connection without
+ * a NEW event. Full: COUNT_LOST_TRANSLATION_MAP. */
+#define TRANSLATIONS MAP(TRANSLATIONS_FD)
+
+/* zones: 0..ZONES-1 -> u32 zone, 0 where unused. Array. Zones other than 0 in which an entry was seen; written
+ * by the event filter, never cleared (a node has a handful). Full: tuples of further zones join as unknown. */
+#define ZONES_SEEN MAP(ZONES_FD)
+#define ZONES 8
+
+/* records: ring buffer of struct record. Filled below, drained by tracer/kernel/ring.py.
+ * Full: COUNT_LOST_RING for closing rows; interim rows wait (COUNT_DEFERRED). */
+#define RECORDS ((void *)MAP(RECORDS_FD))
+
+/* counters: enum counter -> u64. Per-CPU array, never reset. */
+#define COUNTER_VALUES MAP(COUNTERS_FD)
+
+/* sequence: enum origin -> u64. Per-CPU array: how many connection ids that program has given out on this CPU.
+ * A slot each, because one may interrupt the other. */
+#define SEQUENCE MAP(SEQUENCE_FD)
+enum origin { ORIGIN_TRACEPOINT, ORIGIN_ITERATOR, ORIGINS };
+
+/* control: enum control -> u64. Array, written by user space. */
+#define CONTROL MAP(CONTROL_FD)
+enum control {
+	CONTROL_MODE, /* enum mode: what the socket iterator does */
+	CONTROL_PAUSE, /* when the tracer began to stop (CLOCK_BOOTTIME ns), or 0: later connections are counted, not traced */
+	CONTROLS
+};
+enum mode {
+	MODE_ADOPT,   /* take in sockets that are older than the tracer */
+	MODE_INTERIM, /* emit a row for every connection whose interval is over */
+	MODE_FLUSH,   /* emit a row for every open connection that had none since the tracer began to stop */
+};
+
+/* listeners: netns << 16 | port -> u8. Hash. Filled by the iterator in MODE_ADOPT, which walks listening sockets
+ * before the others: a socket with a listener on its local port was accepted. Full: such a socket is taken for
+ * a dialled one, and COUNT_LOST_CONNECTION_MAP says that the start did not fit. */
+#define LISTENERS MAP(LISTENERS_FD)
+
+/* netns_filter: inode number -> u8. Hash, written by user space before the programs are attached, if
+ * NETNS_FILTER is not 0: 1, only the listed namespaces; 2, all but the listed. */
+#define NETNS_LIST MAP(NETNS_LIST_FD)
+
+static __always_inline void count(__u32 which)
+{
+	__u64 *value = bpf_map_lookup_elem_(COUNTER_VALUES, &which);
+
+	/* Atomic although per-CPU: a softirq may interrupt a program in process context and count as well. */
+	if (value)
+		__sync_fetch_and_add(value, 1);
+}
+
+static __always_inline __u64 control(__u32 which)
+{
+	__u64 *value = bpf_map_lookup_elem_(CONTROL, &which);
+
+	return value ? *value : 0;
+}
+
+#endif

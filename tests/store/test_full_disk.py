@@ -1,0 +1,136 @@
+"""Disks that are really full, and really read-only, in a mount namespace of their own that ends with its process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+PRELUDE = f"""
+import json, logging, subprocess, sys
+from pathlib import Path
+sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
+from store_world import *
+from tracer.clock import WallClock
+from tracer.errors import TracerError
+from tracer.store.dataset import Dataset
+from tracer.store.writer import DatasetWriter
+root, out, said = Path(sys.argv[1]), {{}}, []
+class Keep(logging.Handler):
+    def emit(self, record): said.append([record.levelname, record.getMessage()])
+logging.getLogger().addHandler(Keep())
+def mount(*options): subprocess.run(["mount", *options, str(root)], check=True)
+"""
+
+
+def in_namespace(code: str, root: Path) -> dict[str, object]:
+    """What `code` leaves in `out`, and what it logged; skips where no mount namespace can be made."""
+    unshare = ["unshare", "--mount", "--propagation", "private", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        if "netns" in os.environ.get("VIP_TRACER_REQUIRE", ""):
+            pytest.fail("mount namespaces are required, and cannot be made here")
+        pytest.skip("no mount namespace can be made here: run as root")
+    code = PRELUDE + code + "\nprint(json.dumps(out | {'said': said}))"
+    command = [*unshare, sys.executable, "-c", code, str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert str(root) not in Path("/proc/self/mounts").read_text()
+    return json.loads(done.stdout)
+
+
+def test_a_full_disk_costs_rows_by_count_and_nothing_else(tmp_path: Path) -> None:
+    out = in_namespace(
+        """
+mount("-t", "tmpfs", "-o", "size=256k", "none")
+clocks = Clocks()
+data = Dataset(root, RUN, WallClock(0, EPOCH), monotonic=clocks.monotonic, wall_ns=clocks.wall_ns)
+data.write(make_records(10))
+data.publish({})
+ballast = root / "ballast"
+with open(ballast, "wb", buffering=0) as file:
+    try:
+        while True: file.write(bytes(4096))
+    except OSError: pass
+for first in (11, 1011):
+    data.write(make_records(1000, first=first))
+data.publish({})
+out["full"] = [data.written, data.lost, data.unpublished]
+out["hidden"] = [str(p) for p in root.rglob(".*")]
+ballast.unlink()
+clocks.seconds = 300
+data.write(make_records(5, first=2011))
+data.publish({})
+out["after"] = [data.written, data.lost, data.unpublished]
+out["ids"] = published_ids(root)
+rows = coverage_rows(root)
+out["coverage"] = [[row["emitted"], row["written"], row["lost_writer"]] for row in rows]
+""",
+        tmp_path,
+    )
+    assert out["full"] == [10, 2000, 0]
+    assert out["hidden"] == []
+    assert out["after"] == [15, 2000, 0]
+    assert out["ids"] == [*range(1, 11), *range(2011, 2016)]
+    assert out["coverage"] == [[10, 10, 0], [2005, 5, 2000]]
+    assert [level for level, _ in out["said"]] == ["ERROR", "WARNING"]
+    assert "No space left on device" in out["said"][0][1]
+    assert "2000 rows were lost" in out["said"][1][1]
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_file(tmp_path: Path) -> None:
+    out = in_namespace(
+        """
+mount("-t", "tmpfs", "-o", "size=300k", "none")
+random = np.random.default_rng(0)
+writer = DatasetWriter(root, RUN, WallClock(0, EPOCH), group_rows=1000, pending_bytes=1 << 30)
+for first in range(1, 30001, 1000):
+    rows = make_records(1000, first=first)
+    rows["ct_id"] = random.integers(0, 2**32, 1000)
+    rows["bytes_sent"] = rows["started"] = random.integers(0, 2**40, 1000)
+    writer.put(rows)
+writer.close()
+counts = writer.snapshot()
+out["counts"] = [counts.emitted, counts.written, counts.lost]
+out["files"] = [str(p) for p in root.rglob("*.*") if p.is_file() and not p.name.startswith(".lock")]
+out["lost"] = [row["lost_writer"] for row in coverage_rows(root)]
+""",
+        tmp_path,
+    )
+    # The failed file gives its space back, so that at least the loss can be published.
+    assert out["counts"] == [30000, 0, 30000]
+    assert out["lost"] == [30000]
+    assert len(out["files"]) == 1
+
+
+def test_a_disk_that_becomes_read_only(tmp_path: Path) -> None:
+    out = in_namespace(
+        """
+mount("-t", "tmpfs", "none")
+clocks = Clocks()
+data = Dataset(root, RUN, WallClock(0, EPOCH), monotonic=clocks.monotonic, wall_ns=clocks.wall_ns)
+data.write(make_records(10))
+data.publish({})
+mount("-o", "remount,ro")
+data.write(make_records(7, first=11))
+data.publish({})
+out["counts"] = [data.written, data.lost, data.unpublished]
+try:
+    DatasetWriter(root, RUN, WallClock())
+except TracerError as error:
+    out["start"] = str(error)
+mount("-o", "remount,rw")
+clocks.seconds = 300
+data.write(make_records(2, first=18))
+data.publish({})
+out["ids"] = published_ids(root)
+""",
+        tmp_path,
+    )
+    assert out["counts"] == [10, 7, 0]
+    assert out["start"].startswith(f"cannot write to {tmp_path}: Read-only file system; choose")
+    assert out["ids"] == [*range(1, 11), 18, 19]
+    assert "Read-only file system" in out["said"][0][1]

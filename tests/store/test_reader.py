@@ -1,0 +1,94 @@
+"""What is published is found in the order of time; what is broken or foreign is named."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from store_world import EPOCH, RUN, make_records
+
+from tracer import schema
+from tracer.clock import WallClock
+from tracer.errors import NoDataError, TracerError
+from tracer.store import reader
+from tracer.store.dataset import Dataset
+
+HOUR = 3600 * 10**9
+
+
+@pytest.fixture
+def root(tmp_path, wall):
+    """Two nodes; hours 11, 12 and 13; one file is still being written."""
+    for node, first, at_s in (("b", 1, 0), ("a", 11, 10), ("b", 21, 3600), ("a", 31, 7200)):
+        run = RUN.__class__(node, f"{first:012x}", "boot", "6.18")
+        dataset = Dataset(tmp_path, run, wall, wall_ns=lambda: EPOCH)
+        dataset.write(make_records(10, first=first, at_s=at_s))
+        dataset.publish({})
+    dataset.write(make_records(10, first=99))
+    return tmp_path
+
+
+def ids(batches) -> list[int]:
+    return [i for batch in batches for i in batch["conn_id"].to_pylist()]
+
+
+def test_rows_come_in_the_order_of_time(root) -> None:
+    assert ids(reader.rows(root)) == [*range(1, 21), *range(21, 31), *range(31, 41)]
+    assert len(list(reader.rows(root, "coverage"))) == 4
+
+
+def test_hidden_and_foreign_names_are_not_seen(root) -> None:
+    known = reader.files(root)
+    for name in (".x.parquet", "_metadata.parquet", "notes.txt"):
+        (known[0].parent / name).write_text("not a row")
+    assert reader.files(root) == known
+
+
+def test_hours_can_be_chosen(root) -> None:
+    hours = [path.parts[-2] for path in reader.files(root, start_ns=EPOCH + HOUR, end_ns=EPOCH + HOUR + 1)]
+    assert hours == ["hour=12"]
+    assert [p.parts[-2] for p in reader.files(root, start_ns=EPOCH + HOUR)] == ["hour=12", "hour=13"]
+    assert len(reader.files(root, end_ns=EPOCH // HOUR * HOUR + HOUR)) == 2
+
+
+def test_only_the_columns_asked_for(root) -> None:
+    [batch] = reader.batches(reader.files(root)[0], columns=["nat", "conn_id"])
+    assert batch.schema.names == ["conn_id", "nat"]
+
+
+def test_nothing_there(tmp_path) -> None:
+    with pytest.raises(NoDataError, match=r"no connections in .*missing; check the directory, or wait"):
+        reader.files(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 2000])
+def test_a_corrupt_file_is_named(root, keep: int) -> None:
+    path = reader.files(root)[1]
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(TracerError, match=f"cannot read {path}: .*; move the file out"):
+        ids(reader.rows(root))
+    with pytest.raises(TracerError, match=f"cannot read {path}"):
+        reader.metadata(path)
+
+
+def test_a_file_of_a_newer_version_is_read_by_name(root, wall: WallClock) -> None:
+    old = pq.read_table(reader.files(root)[0])
+    new = old.drop_columns(["ct_id", "backend_zone"]).append_column("new", pa.array(["x"] * 10))
+    path = root / "connections/v2/date=2026-07-31/hour=14/c.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(new.select(sorted(new.column_names)).replace_schema_metadata(None), path, store_schema=False)
+    assert reader.files(root)[-1] == path
+    [batch] = reader.batches(path)
+    assert batch.schema.equals(schema.arrow("connections"))
+    assert ids([batch]) == list(range(1, 11))
+    assert batch["ct_id"].null_count == batch["backend_zone"].null_count == 10
+    assert batch["nat"].to_pylist() == ["none"] * 10
+
+
+def test_a_file_without_a_necessary_column_is_named(root) -> None:
+    path = reader.files(root)[0]
+    pq.write_table(pa.table({"conn_id": [1]}), path)
+    with pytest.raises(TracerError, match=f"{path} lacks the columns node, ts, "):
+        ids(reader.batches(path))
+
+
+def test_metadata(root) -> None:
+    assert reader.metadata(reader.files(root)[0])["rows"] == "10"

@@ -1,0 +1,193 @@
+"""The node process: wires capture, writer and clock together, and decides when things happen.
+
+Knows the rhythm (drain, interim rows, reconciliation, stop) and nothing of kernels or files, which it is given.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from tracer.clock import WallClock
+from tracer.errors import TracerError
+from tracer.kernel import checks
+from tracer.kernel.capture import Capture, Options
+
+_log = logging.getLogger(__name__)
+
+#: How long the loop sleeps between two drains; much less once a drain finds the ring as full as `_HURRY`.
+DRAIN_S, HURRIED_DRAIN_S = 0.2, 0.02
+_HURRY = 0.05
+#: Reconciliation with conntrack's table: while entries from before the start are left, and otherwise.
+RECONCILE_S, RECONCILE_IDLE_S = 60.0, 600.0
+#: How often connections are looked for whose end nobody saw.
+SWEEP_S = 60.0
+#: The signals that end the agent in good order.
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+
+Records = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """What the agent does, beside what it captures."""
+
+    output: Path
+    node: str
+    capture: Options = field(default_factory=Options)
+    rotate_s: float = 300
+    rotate_bytes: int = 64 << 20
+    ready_file: Path | None = None
+    duration_s: float | None = None
+
+
+class Rhythm:
+    """Calls each task when it is due. A task's period may be a function, asked anew each time."""
+
+    def __init__(self, now: float) -> None:
+        self._tasks: list[tuple[Callable[[], object], Callable[[], float]]] = []
+        self._due: list[float] = []
+        self._now = now
+
+    def every(self, period: Callable[[], float], task: Callable[[], object]) -> None:
+        """Adds a task; its first call comes one period from the start."""
+        self._tasks.append((task, period))
+        self._due.append(self._now + period())
+
+    def run(self, now: float) -> None:
+        """Calls what is due, each at most once."""
+        for number, (task, period) in enumerate(self._tasks):
+            if now >= self._due[number]:
+                task()
+                self._due[number] = now + period()
+
+
+def interim_period(interval_s: float) -> float:
+    """How often connections are looked at whose interval may be over: a twelfth, so that a row spans at most 8 % more.
+
+    At least a quarter of a second and at most ten seconds, because a look walks all sockets of all namespaces.
+    """
+    return min(max(interval_s / 12, 0.25), 10.0)
+
+
+def stop_signals_blocked() -> bool:
+    """Keeps the stop signals for `wait_for_stop`. Call it before the first thread is made: threads inherit it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    return True
+
+
+def follow(
+    capture: Capture,
+    take: Callable[[Records], object],
+    clock: WallClock,
+    duration_s: float | None = None,
+    extra: Mapping[Callable[[], object], float] | None = None,
+) -> str:
+    """Drains until a stop signal comes or the time is over; then stops the capture and drains what is left.
+
+    Args:
+        capture: what is running.
+        take: is given each batch of records.
+        clock: is compared with the wall clock about once a second.
+        duration_s: for how long; None: until a signal.
+        extra: further tasks, with their periods in seconds.
+
+    Returns:
+        Why it ended: the signal's name, or "duration".
+    """
+    began = time.monotonic()
+    rhythm = Rhythm(began)
+
+    def hand_over() -> None:
+        records = capture.drain()
+        if len(records):
+            take(records)
+
+    period = interim_period(capture.options.interval_s)
+    rhythm.every(lambda: period, lambda: capture.interim(hand_over))
+    rhythm.every(lambda: 1.0, clock.observe)
+    rhythm.every(lambda: RECONCILE_S if capture.dumped_alive else RECONCILE_IDLE_S, capture.reconcile)
+    rhythm.every(lambda: SWEEP_S, capture.sweep)
+    for task, seconds in (extra or {}).items():
+        rhythm.every(lambda seconds=seconds: seconds, task)  # type: ignore[misc]
+    while True:
+        sleep = HURRIED_DRAIN_S if capture.fill() > _HURRY else DRAIN_S
+        received = signal.sigtimedwait(STOP_SIGNALS, sleep)
+        hand_over()
+        now = time.monotonic()
+        if received is not None or (duration_s is not None and now - began >= duration_s):
+            break
+        rhythm.run(now)
+    capture.stop(hand_over)
+    return signal.Signals(received.si_signo).name if received is not None else "duration"
+
+
+def run(options: AgentOptions) -> None:
+    """The agent, from its checks to the last published file.
+
+    Raises:
+        TracerError: the node cannot be traced, or the output cannot be written.
+    """
+    # Imported here: the loader child, the checks and --help do without pyarrow.
+    from tracer.store.coverage import Run
+    from tracer.store.writer import DatasetWriter
+
+    checks.demand(options.capture)
+    began = time.monotonic()
+    stop_signals_blocked()
+    clock = WallClock()
+    with Capture(options.capture) as capture:
+        identity = Run.here(
+            options.node,
+            programs=",".join(capture.programs),
+            roles="client",
+            interval_s=round(options.capture.interval_s),
+        )
+        writer = DatasetWriter(
+            options.output,
+            identity,
+            clock,
+            capture.totals,
+            rotate_s=options.rotate_s,
+            rotate_bytes=options.rotate_bytes,
+        )
+        try:
+            _announce(options, capture, time.monotonic() - began)
+            reason = follow(capture, writer.put, clock, options.duration_s)
+        finally:
+            writer.close()
+        _conclude(reason, writer.snapshot().written, capture.counters(), writer.snapshot().lost)
+
+
+def _announce(options: AgentOptions, capture: Capture, seconds: float) -> None:
+    sizes = options.capture.sizes
+    _log.info(
+        "ready after %.1f s: node %s, kernel %s, %s; %d open connections found, maps take %.1f MiB of kernel memory; "
+        "writing to %s",
+        seconds,
+        options.node,
+        os.uname().release,
+        ", ".join(capture.programs),
+        capture.counters()["adopted"],
+        sizes.kernel_bytes() / (1 << 20),
+        options.output,
+    )
+    if options.ready_file is not None:
+        try:
+            options.ready_file.write_text(f"{os.getpid()}\n", encoding="ascii")
+        except OSError as error:
+            raise TracerError(f"The ready file {options.ready_file} cannot be written ({error.strerror}).") from error
+
+
+def _conclude(reason: str, rows: int, counters: dict[str, int], lost_writer: int) -> None:
+    losses = {name: count for name, count in counters.items() if name.startswith("lost_") and count}
+    if lost_writer:
+        losses["lost_writer"] = lost_writer
+    said = ", ".join(f"{name} {count}" for name, count in losses.items()) or "nothing lost"
+    _log.info("stopped (%s): %d rows written, %s", reason, rows, said)

@@ -1,0 +1,39 @@
+"""``vip-tracer agent``: the node process."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tracer.cli.options import DURATION, SIZE, capture_from, capture_options
+
+
+@click.command()
+@click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="The dataset's directory."
+)
+@click.option(
+    "--node", default=socket.gethostname, show_default="host name", help="What the node is called in the rows."
+)
+@click.option("--rotate", type=DURATION, default="5m", show_default=True, help="Publish a file at least this often.")
+@click.option("--rotate-bytes", type=SIZE, default="64MiB", show_default=True, help="Publish a file of this size.")
+@click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Write this file once tracing.")
+@click.option("--duration", type=DURATION, help="Stop by itself after so long.")
+@capture_options
+def agent(**values: Any) -> None:
+    """Trace this node's connections into Parquet files until SIGTERM or Ctrl-C."""
+    from tracer.agent import AgentOptions, run
+
+    capture = capture_from(values)
+    run(
+        AgentOptions(
+            output=values["output"],
+            node=values["node"],
+            capture=capture,
+            rotate_s=values["rotate"],
+            rotate_bytes=values["rotate_bytes"],
+            ready_file=values["ready_file"],
+            duration_s=values["duration"],
+        )
+    )

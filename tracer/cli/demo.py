@@ -1,0 +1,32 @@
+"""``vip-tracer demo``: a miniature cluster on this machine, traced and reported."""
+
+from pathlib import Path
+
+import click
+
+from tracer.cli.options import DURATION
+
+
+@click.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="vip-tracer-demo",
+    show_default=True,
+    help="Where the dataset goes; a run adds to it.",
+)
+@click.option("--duration", type=DURATION, default="8s", show_default=True, help="How long the traffic lasts.")
+@click.option("--cause", default="random", show_default=True,
+              help="The hidden cause: long-lived, second-service, flapping, none, or random.")  # fmt: skip
+@click.option("--seed", type=int, help="Make the random choices repeatable.")
+def demo(output: Path, duration: float, cause: str, seed: int | None) -> None:
+    """Build a miniature cluster, make one pod busier than its peers, and trace it.
+
+    Everything happens in network namespaces of its own, with real rules and real connections, and is gone afterwards,
+    but for the dataset.
+    """
+    from tracer.demo import play, progress_line, render
+
+    with progress_line() as progress:
+        result = play(output, seconds=duration, cause=cause, seed=seed, progress=progress)
+    click.echo(render(result))

@@ -1,0 +1,112 @@
+"""Rows as lines for people: what `observe` prints.
+
+Knows how a connection is written on one line. Addresses and names come from the network and from processes, and were
+made printable when the row was made (tracer/store/columns.py).
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any
+
+Row = dict[str, Any]
+
+#: Columns of the csv and json formats: all; of the others, what the line shows.
+FORMATS = ("table", "wide", "json", "csv")
+
+
+def bytes_text(count: int | None) -> str:
+    """A count of bytes in at most six characters: 999B, 1.2kB, 34MB (powers of ten); - for unknown."""
+    if count is None:
+        return "-"
+    units = ["B", "kB", "MB", "GB", "TB", "PB", "EB"]
+    value, power = float(count), 0
+    while value >= 999.5:
+        value, power = value / 1000, power + 1
+    unit = units[power]
+    return f"{value:.0f}{unit}" if unit == "B" or value >= 9.95 else f"{value:.1f}{unit}"
+
+
+def time_text(microseconds: int | None) -> str:
+    """A duration in at most six characters: 85µs, 1.2ms, 34s, 12m; - for unknown."""
+    if microseconds is None:
+        return "-"
+    for limit, unit, scale in ((1e3, "µs", 1), (1e6, "ms", 1e3), (6e7, "s", 1e6), (3.6e9, "m", 6e7)):
+        if microseconds < limit:
+            value = microseconds / scale
+            return f"{value:.0f}{unit}" if scale == 1 or value >= 9.95 else f"{value:.1f}{unit}"
+    return f"{microseconds / 3.6e9:.1f}h"
+
+
+def endpoint_text(address: str | None, port: int | None) -> str:
+    """10.0.0.1:80, [fd00::1]:80, or ? for unknown."""
+    if address is None:
+        return "?"
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _named(row: Row, address: str, pod: str, namespace: str | None) -> str:
+    text = endpoint_text(row[f"{address}_ip"], row[f"{address}_port"])
+    if not row[pod]:
+        return text
+    return f"{row[namespace]}/{row[pod]} ({text})" if namespace and row[namespace] else f"{row[pod]} ({text})"
+
+
+def line(row: Row, wide: bool = False) -> str:
+    """One row on one line: time, event, client → virtual address ⇒ backend, how it went.
+
+    The event is + for a connection's beginning, - for its end, = for both, ~ for an interval in between.
+    """
+    event = {(True, True): "=", (True, False): "+", (False, True): "-", (False, False): "~"}[
+        row["opened"], row["closed"]
+    ]
+    path = _named(row, "src", "src_pod", "src_namespace") + " → " + _named(row, "dst", "dst_service", "dst_namespace")
+    if row["nat"] != "none":
+        path += " ⇒ " + _named(row, "backend", "backend_pod", None)
+    if row["snat_ip"] is not None:
+        path += f" as {endpoint_text(row['snat_ip'], row['snat_port'])}"
+    process = f"{row['comm']}[{row['pid']}]" if row["pid"] is not None else "-"
+    parts = [
+        f"{row['ts']:%H:%M:%S}.{row['ts'].microsecond // 1000:03d}",
+        event,
+        row["protocol"],
+        path,
+        row["nat"],
+        row["result"] or "open",
+        f"connect {time_text(row['connect_latency_us'])}",
+        f"for {time_text(row['duration_us'])}",
+        f"↑{bytes_text(row['bytes_sent'])} ↓{bytes_text(row['bytes_received'])}",
+        process,
+    ]
+    if wide:
+        parts += [
+            f"rtt {time_text(row['rtt_us'])}",
+            f"retransmits {row['retransmits'] if row['retransmits'] is not None else '-'}",
+            f"netns {row['netns'] or '-'}",
+            f"conn {row['conn_id']:x}",
+            f"ct {row['ct_id'] if row['ct_id'] is not None else '-'}",
+        ]
+    return "  ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+def render(rows: Iterable[Row], form: str, header: bool = True) -> Iterator[str]:
+    """Rows as lines in one of FORMATS; csv begins with a header line unless told otherwise."""
+    for number, row in enumerate(rows):
+        if form == "json":
+            yield json.dumps({name: _plain(value) for name, value in row.items()}, ensure_ascii=False)
+        elif form == "csv":
+            out = io.StringIO()
+            writer = csv.writer(out, lineterminator="")
+            if header and number == 0:
+                writer.writerow(row)
+                out.write("\n")
+            writer.writerow([_plain(value) for value in row.values()])
+            yield out.getvalue()
+        else:
+            yield line(row, form == "wide")

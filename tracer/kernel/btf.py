@@ -1,0 +1,152 @@
+"""Byte offsets of the kernel fields that the programs read, from the kernel's own type information (BTF).
+
+Knows which fields those are and what they become in C (`-D OFFSET_<struct>__<field>`). libbpf parses BTF.
+"""
+
+import ctypes
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from tracer.errors import TracerError
+from tracer.kernel import libbpf
+
+VMLINUX = Path("/sys/kernel/btf/vmlinux")
+
+#: Every kernel field that bpf/ reads. A kernel without one of them is refused by name.
+FIELDS: tuple[tuple[str, str], ...] = (
+    ("sock_common", "skc_daddr"),
+    ("sock_common", "skc_rcv_saddr"),
+    ("sock_common", "skc_dport"),
+    ("sock_common", "skc_num"),
+    ("sock_common", "skc_family"),
+    ("sock_common", "skc_state"),
+    ("sock_common", "skc_net"),
+    ("sock_common", "skc_v6_daddr"),
+    ("sock_common", "skc_v6_rcv_saddr"),
+    ("sock", "sk_err"),
+    ("sock_common", "skc_flags"),
+    ("sock", "sk_protocol"),
+    ("inet_sock", "inet_sport"),
+    ("tcp_sock", "bytes_sent"),
+    ("tcp_sock", "bytes_retrans"),
+    ("tcp_sock", "bytes_received"),
+    ("tcp_sock", "segs_out"),
+    ("tcp_sock", "segs_in"),
+    ("tcp_sock", "total_retrans"),
+    ("tcp_sock", "srtt_us"),
+    ("net", "ns"),
+    ("ns_common", "inum"),
+)
+#: Fields of sock_common that are read in one piece, and their sizes.
+_HEAD = {"skc_daddr": 4, "skc_rcv_saddr": 4, "skc_dport": 2, "skc_num": 2, "skc_family": 2}
+#: What the programs keep of a socket's head on their 512 bytes of stack.
+_HEAD_MAX = 64
+
+_KIND_STRUCT, _KIND_UNION, _KIND_ENUM = 4, 5, 6
+_KINDS_NAMED = {8, 9, 10, 11}  # typedef, volatile, const, restrict
+
+
+class _Btf:
+    """One parsed BTF blob."""
+
+    def __init__(self, path: Path) -> None:
+        lib = libbpf.library()
+        lib.btf__parse.restype = ctypes.c_void_p
+        lib.btf__type_by_id.restype = ctypes.c_void_p
+        lib.btf__name_by_offset.restype = ctypes.c_char_p
+        lib.btf__type_by_id.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        lib.btf__name_by_offset.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        lib.btf__find_by_name_kind.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint32]
+        lib.btf__free.argtypes = [ctypes.c_void_p]
+        lib.libbpf_get_error.argtypes = [ctypes.c_void_p]
+        lib.libbpf_get_error.restype = ctypes.c_long
+        self._lib = lib
+        self._btf = lib.btf__parse(str(path).encode(), None)
+        if not self._btf or lib.libbpf_get_error(self._btf):
+            self._btf = None
+            raise TracerError(
+                f"The kernel's type information {path} is not there or cannot be parsed: the tracer needs a kernel "
+                "built with CONFIG_DEBUG_INFO_BTF=y (every current distribution's is)."
+            )
+
+    def close(self) -> None:
+        if self._btf:
+            self._lib.btf__free(self._btf)
+            self._btf = None
+
+    def _type(self, type_id: int) -> tuple[int, int, int, int]:
+        """(address, kind, number of members, size or referenced type)"""
+        address = self._lib.btf__type_by_id(self._btf, type_id)
+        _, info, size = struct.unpack("<III", ctypes.string_at(address, 12))
+        return address, info >> 24 & 0x1F, info & 0xFFFF, size
+
+    def find(self, name: str, kind: int) -> int | None:
+        type_id = self._lib.btf__find_by_name_kind(self._btf, name.encode(), kind)
+        return type_id if type_id > 0 else None
+
+    def _members(self, type_id: int) -> Iterator[tuple[str, int, int]]:
+        """(name, type, offset in bytes) of a struct's or union's members; a bit field's byte is where it begins."""
+        address, _, count, _ = self._type(type_id)
+        raw = ctypes.string_at(address + 12, 12 * count)
+        for name, member, offset in struct.iter_unpack("<III", raw):
+            text = (self._lib.btf__name_by_offset(self._btf, name) or b"").decode()
+            yield text, member, (offset & 0xFFFFFF) // 8
+
+    def offset(self, type_id: int, field: str) -> int | None:
+        """Byte offset of a field, also inside anonymous structs and unions; None if there is none."""
+        for name, member, offset in self._members(type_id):
+            if name == field:
+                return offset
+            if name:
+                continue
+            _, kind, _, inner = self._type(member)
+            while kind in _KINDS_NAMED:
+                member = inner
+                _, kind, _, inner = self._type(member)
+            if kind in (_KIND_STRUCT, _KIND_UNION):
+                found = self.offset(member, field)
+                if found is not None:
+                    return offset + found
+        return None
+
+    def enum_value(self, type_id: int, name: str) -> int | None:
+        address, _, count, _ = self._type(type_id)
+        for label, value in struct.iter_unpack("<Ii", ctypes.string_at(address + 12, 8 * count)):
+            if self._lib.btf__name_by_offset(self._btf, label) == name.encode():
+                return int(value)
+        return None
+
+
+def defines(path: Path = VMLINUX) -> dict[str, int]:
+    """The C constants that describe this kernel: OFFSET_*, SOCKET_HEAD_SIZE, SOCK_DONE.
+
+    Raises:
+        TracerError: no BTF, or a field that the programs read is not in this kernel.
+    """
+    btf = _Btf(path)
+    try:
+        constants: dict[str, int] = {}
+        for struct_name, field in FIELDS:
+            type_id = btf.find(struct_name, _KIND_STRUCT)
+            offset = None if type_id is None else btf.offset(type_id, field)
+            if offset is None:
+                raise TracerError(
+                    f"This kernel has no field '{field}' in 'struct {struct_name}' (looked up in {path}), which the "
+                    "tracer reads: the kernel is too old or too new for this version; see docs/compatibility.md."
+                )
+            constants[f"OFFSET_{struct_name}__{field}"] = offset
+        flags = btf.find("sock_flags", _KIND_ENUM)
+        done = None if flags is None else btf.enum_value(flags, "SOCK_DONE")
+        if done is None:
+            raise TracerError(f"This kernel has no flag SOCK_DONE (looked up in {path}), which the tracer reads.")
+        constants["SOCK_DONE"] = done
+    finally:
+        btf.close()
+    head = max(constants[f"OFFSET_sock_common__{field}"] + size for field, size in _HEAD.items())
+    if head > _HEAD_MAX:
+        raise TracerError(
+            f"The addresses of 'struct sock_common' lie {head} bytes deep in this kernel, not {_HEAD_MAX}."
+        )
+    constants["SOCKET_HEAD_SIZE"] = (head + 7) // 8 * 8
+    return constants

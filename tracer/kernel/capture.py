@@ -1,0 +1,339 @@
+"""The running capture: maps, attached programs, and what user space does for them now and then.
+
+Knows the order in which things must happen so that nothing falls between (attach, then read what was there before)
+and what has to be done regularly; leaves to `tracer.agent` when, and what becomes of the records.
+"""
+
+import contextlib
+import errno
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tracer.errors import TracerError
+from tracer.kernel import conntrack, libbpf, netns
+from tracer.kernel.loader import DESCRIPTORS, Job
+from tracer.kernel.maps import (
+    CONNECTION,
+    CONTROL_MODE,
+    CONTROL_PAUSE,
+    MODE_ADOPT,
+    MODE_FLUSH,
+    MODE_INTERIM,
+    TRANSLATION,
+    Maps,
+    Sizes,
+)
+from tracer.kernel.ring import Ring
+from tracer.record import RECORD, TUPLE, NatSource
+
+#: How long the loader may take: it needs about a second here, and ten to twenty times that on an emulated machine.
+LOADER_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is captured. Namespaces are given by path."""
+
+    node_netns: str = netns.OWN
+    interval_s: float = 60
+    only_netns: tuple[str, ...] = ()
+    ignore_netns: tuple[str, ...] = ()
+    loopback: bool = False
+    sizes: Sizes = field(default_factory=Sizes)
+    run_id: int = field(default_factory=lambda: random.getrandbits(16))
+
+
+def _boot_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Capture:
+    """Attached programs and their maps; a context manager. One thread uses it."""
+
+    def __init__(self, options: Options) -> None:
+        """Loads, attaches, and takes in what was there before.
+
+        Raises:
+            TracerError: what is missing, and what to do.
+        """
+        self.options = options
+        self.enobufs = 0
+        #: Whether the translations map still holds entries that conntrack made before we listened.
+        self.dumped_alive = False
+        self._dump_malformed = self._dump_lost = self._lost_end = 0
+        self._filter = self._netns_filter()
+        with contextlib.ExitStack() as undo:
+            self.maps = Maps.create(options.sizes)
+            undo.callback(self.maps.close)
+            for inode in self._filter[1]:
+                libbpf.map_update(self.maps.netns_list, inode.to_bytes(4, "little"), b"\1")
+            self._descriptors = self._load()
+            undo.callback(self._detach)
+            self._netlink = socket.socket(fileno=os.dup(self._descriptors["conntrack_socket"]))
+            undo.callback(self._netlink.close)
+            self._ring = Ring(self.maps.records, options.sizes.ring_bytes, RECORD)
+            undo.callback(self._ring.close)
+            self._take_in()
+            self._undo = undo.pop_all()
+
+    def __enter__(self) -> "Capture":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Detaches everything; the kernel frees programs and maps with their last descriptor."""
+        self._undo.close()
+
+    # -- start ------------------------------------------------------------------------------------------------------
+
+    def _netns_filter(self) -> tuple[int, list[int]]:
+        only, ignore = self.options.only_netns, self.options.ignore_netns
+        if only and ignore:
+            raise TracerError("Namespaces can be chosen (--only-netns) or left out (--ignore-netns), not both at once.")
+        return (1 if only else 2 if ignore else 0), [netns.inode(path) for path in only or ignore]
+
+    def _load(self) -> dict[str, int]:
+        """Runs the loader child and receives its descriptors.
+
+        Raises:
+            TracerError: its own sentence, or that it died, with the last of what it said.
+        """
+        job = Job(
+            maps=self.maps.descriptors(),
+            constants={
+                "NODE_NETNS": netns.inode(self.options.node_netns),
+                "RUN_ID": self.options.run_id,
+                "INTERVAL_NS": int(self.options.interval_s * 1e9),
+                "INCLUDE_LOOPBACK": int(self.options.loopback),
+                "NETNS_FILTER": self._filter[0],
+                "RING_BYTES": self.options.sizes.ring_bytes,
+            },
+            node_netns=self.options.node_netns.replace("thread-self", str(os.getpid())),
+        )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path())}
+        with ours, theirs:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "tracer.kernel.loader", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(), *job.maps.values()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment,
+            )
+            theirs.close()
+            try:
+                ours.send(job.encode())
+                ours.settimeout(LOADER_TIMEOUT_S)
+                message, descriptors, _, _ = socket.recv_fds(ours, 1 << 16, len(DESCRIPTORS))
+            except OSError as error:
+                child.kill()
+                raise TracerError(
+                    f"The loader did not answer within {LOADER_TIMEOUT_S} s ({error}): try again."
+                ) from error
+            finally:
+                talk = self._farewell(child)
+        if message == b"." and len(descriptors) == len(DESCRIPTORS):
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
+            return dict(zip(DESCRIPTORS, descriptors, strict=True))
+        if message.startswith(b"!"):
+            raise TracerError(message[1:].decode() + talk)
+        raise TracerError(f"The loader ended without an answer (exit code {child.returncode}).{talk}")
+
+    @staticmethod
+    def _farewell(child: subprocess.Popen[bytes]) -> str:
+        """Waits for the loader's end; the last of what it said on stderr, for an error message."""
+        try:
+            _, said = child.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            _, said = child.communicate()
+        lines = said.decode(errors="replace").strip().splitlines()[-60:]
+        return "\nThe loader said:\n  " + "\n  ".join(lines) if lines else ""
+
+    def _take_in(self) -> None:
+        """Translations first, so that sockets find theirs; then once more, for what ended meanwhile."""
+        self.reconcile()
+        self._walk(MODE_ADOPT)
+        self.reconcile()
+
+    def _detach(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    # -- while it runs ----------------------------------------------------------------------------------------------
+
+    def drain(self) -> npt.NDArray[Any]:
+        """Finished records, in the order of the ring: an array of RECORD."""
+        return self._ring.drain()
+
+    def fill(self) -> float:
+        """How full the ring is, 0 to 1."""
+        return self._ring.fill()
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """What is attached, in the words of bpf/tracer.c."""
+        return (
+            "raw_tracepoint/inet_sock_set_state",
+            "raw_tracepoint/tcp_destroy_sock",
+            "socket_filter/ctnetlink",
+            "iter/tcp",
+        )
+
+    def counters(self) -> dict[str, int]:
+        """Totals since the start, by counter name."""
+        self._read_socket_error()
+        totals = self.maps.counters_now()
+        totals["enobufs"] = self.enobufs
+        totals["lost_translation_map"] += self._dump_lost
+        totals["lost_end"] += self._lost_end
+        totals["missed_runs"] = sum(
+            libbpf.recursion_misses(self._descriptors[f"{name}_program"])
+            for name in ("socket_state", "socket_destroyed")
+        )
+        totals["malformed_events"] += self._dump_malformed
+        return totals
+
+    def totals(self) -> dict[str, int]:
+        """`counters`, and the levels `open_connections` and `translations` (reads both maps: for coverage)."""
+        open_now = libbpf.map_count(self.maps.connections, np.dtype("<u8"), CONNECTION)
+        known = libbpf.map_count(self.maps.translations, TUPLE, TRANSLATION)
+        return self.counters() | {"open_connections": open_now, "translations": known}
+
+    def interim(self, hand_over: Callable[[], object]) -> None:
+        """Rows for every connection whose interval is over.
+
+        Args:
+            hand_over: drains the ring; called in between, so that all of them fit.
+        """
+        self._emit_all(MODE_INTERIM, hand_over)
+
+    def stop(self, hand_over: Callable[[], object]) -> None:
+        """The end: no new connection is taken, and every open one gets a row. `hand_over` is as for `interim`."""
+        self.maps.set_control(CONTROL_PAUSE, _boot_ns())
+        self._emit_all(MODE_FLUSH, hand_over)
+        self.sweep()
+        hand_over()
+
+    def _emit_all(self, mode: int, hand_over: Callable[[], object]) -> None:
+        """Walks again while rows found no room: each walk that hands over half a ring makes progress."""
+        deferred = -1
+        while deferred != (deferred := self.maps.counters_now()["deferred"]):
+            self._walk(mode)
+            hand_over()
+
+    def _walk(self, mode: int) -> set[int]:
+        """Runs the socket iterator over every network namespace that is visible here; which ones it was."""
+        self.maps.set_control(CONTROL_MODE, mode)
+        walked = set()
+        for inode, path in netns.visible().items():
+            if not self._wanted(inode):
+                continue
+            with contextlib.suppress(TracerError):  # gone meanwhile, and its sockets with it
+                with netns.entered(path):
+                    walk = libbpf.iter_create(self._descriptors["socket_iterator"])
+                _read_to_end(walk)
+                walked.add(inode)
+        return walked
+
+    def sweep(self) -> None:
+        """Removes, and counts as lost, connections whose socket is gone although nobody saw its end.
+
+        Those are entries from before a walk that the walk did not meet, in a namespace that it went through.
+        """
+        began = _boot_ns()
+        walked = self._walk(MODE_INTERIM)
+        for sockets, connections in libbpf.map_batches(self.maps.connections, np.dtype("<u8"), CONNECTION):
+            row = connections["row"]
+            born = np.maximum(row["ts"], connections["visited"])
+            gone = (born < began) & np.isin(row["netns"], list(walked))
+            for socket_pointer, conn_id in zip(sockets[gone], row["conn_id"][gone], strict=True):
+                self._forget(socket_pointer.tobytes(), conn_id)
+
+    def _forget(self, key: bytes, conn_id: int) -> None:
+        raw = libbpf.map_lookup(self.maps.connections, key, CONNECTION.itemsize)
+        if raw and np.frombuffer(raw, CONNECTION)["row"]["conn_id"][0] == conn_id:
+            self._lost_end += libbpf.map_delete(self.maps.connections, key)
+
+    def _wanted(self, inode: int) -> bool:
+        mode, listed = self._filter
+        return mode == 0 or (inode in listed) == (mode == 1)
+
+    def _read_socket_error(self) -> None:
+        """Counts that the kernel could not allocate an event (ENOBUFS); the next reconciliation makes up for it."""
+        if self._netlink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.enobufs += 1
+
+    # -- translations ------------------------------------------------------------------------------------------------
+
+    def reconcile(self) -> None:
+        """Makes the translations map agree with conntrack's table.
+
+        Inserts what is missing, and removes entries that conntrack no longer has: those born before anybody listened
+        end without a DESTROY (nf_conntrack_events=2), and a DESTROY may be lost. What was born or inserted after the
+        dump began is left alone.
+
+        Raises:
+            TracerError: conntrack does not answer.
+        """
+        began = _boot_ns()
+        with netns.entered(self.options.node_netns):
+            entries, malformed = conntrack.dump(began)
+        self._dump_malformed += malformed
+        keys, values = self._translations()
+        known = _identity(keys, values["ct_id"])
+        listed = _identity(entries["key"], entries["value"]["ct_id"])
+        for entry in entries[~np.isin(listed, known)]:
+            refused = libbpf.map_update(
+                self.maps.translations, entry["key"].tobytes(), entry["value"].tobytes(), libbpf.BPF_NOEXIST
+            )
+            self._dump_lost += refused == errno.E2BIG
+        gone = ~np.isin(known, listed) & (values["created"] <= began)
+        for key, ct_id in zip(keys[gone], values["ct_id"][gone], strict=True):
+            raw = libbpf.map_lookup(self.maps.translations, key.tobytes(), TRANSLATION.itemsize)
+            if raw and np.frombuffer(raw, TRANSLATION)["ct_id"][0] == ct_id:
+                libbpf.map_delete(self.maps.translations, key.tobytes())
+        self.dumped_alive = bool(np.any(self._translations()[1]["source"] == NatSource.DUMP))
+
+    def _translations(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        return libbpf.map_items(self.maps.translations, TUPLE, TRANSLATION)
+
+
+def _identity(keys: npt.NDArray[Any], ct_ids: npt.NDArray[Any]) -> npt.NDArray[np.bytes_]:
+    """Tuple and conntrack id as comparable bytes (the last byte is never zero, which NumPy would strip)."""
+    whole = np.empty(len(keys), np.dtype([("key", TUPLE), ("ct_id", "<u4"), ("end", "u1")]))
+    whole["key"], whole["ct_id"], whole["end"] = keys, ct_ids, 1
+    return whole.view(f"S{whole.dtype.itemsize}")
+
+
+def _read_to_end(walk: int) -> None:
+    try:
+        while True:
+            try:
+                if not os.read(walk, 4096):
+                    return
+            except BlockingIOError:  # a million sockets in one call: the kernel pauses
+                continue
+    finally:
+        os.close(walk)
+
+
+def _search_path() -> list[str]:
+    """Where the child finds this very package, and what the parent was told."""
+    own = str(Path(__file__).resolve().parent.parent.parent)
+    return [own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]

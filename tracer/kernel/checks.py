@@ -1,0 +1,189 @@
+"""What this node must be able to do, asked one by one: the same questions for `doctor` and for the agent's start.
+
+Asks by feature, never by version. A `Check` says what was found and, where it does not suffice, what to do.
+"""
+
+import importlib.util
+import os
+import platform
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tracer.errors import TracerError
+from tracer.kernel import btf, libbpf, netns
+from tracer.kernel.capture import Capture, Options
+from tracer.kernel.maps import Sizes
+
+OK, NOTE, MISSING = "ok", "note", "missing"
+_SYSCTL = Path("/proc/sys/net/netfilter")
+#: Enough to try whether everything loads, cheap to make.
+_TRIAL_SIZES = Sizes(connections=256, translations=256, ring_bytes=1 << 16, listeners=64, namespaces=64)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One answer: `state` is ok, note (it works, with a limit) or missing (it cannot work)."""
+
+    name: str
+    state: str
+    found: str
+    remedy: str = ""
+
+
+def _root() -> Check:
+    if os.geteuid() == 0:
+        return Check("privilege", OK, "running as root")
+    return Check("privilege", MISSING, f"running as user {os.geteuid()}", "Run as root (sudo), or in a privileged pod.")
+
+
+def _kernel_types() -> Check:
+    try:
+        constants = btf.defines()
+    except TracerError as error:
+        return Check("kernel types (BTF)", MISSING, "not usable", str(error))
+    return Check("kernel types (BTF)", OK, f"{btf.VMLINUX}: all {len(constants)} constants found")
+
+
+def _bcc() -> Check:
+    """Without importing it: it maps 100 MB."""
+    name = "bcc"
+    spec = importlib.util.find_spec("bcc")
+    remedy = "Install it: apt-get install python3-bpfcc; and run vip-tracer on the system's Python or a venv over it."
+    if spec is None or spec.origin is None:
+        return Check(name, MISSING, "Python module not found", remedy)
+    if not (Path(spec.origin).parent / "libbcc.py").exists():
+        return Check(name, MISSING, f"{spec.origin} is another package of that name", f"pip uninstall bcc. {remedy}")
+    return Check(name, OK, str(Path(spec.origin).parent))
+
+
+def _ring_buffer() -> Check:
+    name = "BPF ring buffer"
+    try:
+        os.close(libbpf.map_create(libbpf.MAP_TYPE_RINGBUF, "vt_check", 0, 0, os.sysconf("SC_PAGESIZE")))
+    except TracerError as error:
+        return Check(name, MISSING, "libbpf not found", str(error))
+    except OSError as error:
+        return Check(name, MISSING, str(error.strerror), "Run as root on Linux 5.8 or newer (a newer kernel has it).")
+    return Check(name, OK, "can be made")
+
+
+def _conntrack() -> Check:
+    name = "conntrack"
+    try:
+        limit = (_SYSCTL / "nf_conntrack_max").read_text().strip()
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netlink:
+            netlink.bind((0, 0))
+    except OSError as error:
+        return Check(
+            name,
+            MISSING,
+            f"not in this kernel, or not loaded ({error.strerror})",
+            "Load it: modprobe nf_conntrack nf_conntrack_netlink. Where kube-proxy runs it is there.",
+        )
+    return Check(name, OK, f"room for {limit} entries")
+
+
+def _conntrack_events() -> Check:
+    name = "conntrack events"
+    try:
+        value = (_SYSCTL / "nf_conntrack_events").read_text().strip()
+    except OSError:
+        return Check(
+            name, MISSING, "the kernel has none", "It needs CONFIG_NF_CONNTRACK_EVENTS=y and nf_conntrack_netlink."
+        )
+    if value == "0":
+        return Check(
+            name,
+            MISSING,
+            "net.netfilter.nf_conntrack_events = 0: no translation would be seen",
+            "Turn them on: sysctl -w net.netfilter.nf_conntrack_events=2 (the default: on while somebody listens).",
+        )
+    return Check(name, OK, f"net.netfilter.nf_conntrack_events = {value}")
+
+
+def _accounting() -> Check:
+    name = "conntrack accounting"
+    try:
+        value = (_SYSCTL / "nf_conntrack_acct").read_text().strip()
+    except OSError:
+        value = "0"
+    if value == "1":
+        return Check(name, OK, "net.netfilter.nf_conntrack_acct = 1")
+    return Check(
+        name,
+        NOTE,
+        "off: bytes are known for local sockets, not for forwarded connections",
+        "If you want those: sysctl -w net.netfilter.nf_conntrack_acct=1 (a few ns a packet).",
+    )
+
+
+def _tracefs() -> Check:
+    if Path("/sys/kernel/tracing/events").is_dir():
+        return Check("tracefs", OK, "mounted")
+    return Check(
+        "tracefs",
+        NOTE,
+        "not mounted: nothing that runs now needs it",
+        "mount -t tracefs tracefs /sys/kernel/tracing, for the connect probe of socket-level load balancers.",
+    )
+
+
+def _in_node(check: Callable[[], Check], path: str) -> Check:
+    """Asks inside the node's network namespace, whose own sysctls count."""
+    try:
+        with netns.entered(path):
+            return check()
+    except TracerError as error:
+        return Check("network namespace", MISSING, str(error), "Check --netns.")
+
+
+def _trial(options: Options) -> Check:
+    name = "programs"
+    try:
+        with Capture(replace(options, sizes=_TRIAL_SIZES)):
+            return Check(name, OK, "compiled, loaded, attached, and detached again")
+    except TracerError as error:
+        return Check(name, MISSING, "cannot be loaded", str(error))
+
+
+def preconditions(options: Options) -> list[Check]:
+    """Every precondition that can be asked without loading anything, cheapest first."""
+    path = options.node_netns
+    return [
+        _root(),
+        _bcc(),
+        _kernel_types(),
+        _ring_buffer(),
+        _in_node(_conntrack, path),
+        _in_node(_conntrack_events, path),
+        _in_node(_accounting, path),
+        _tracefs(),
+    ]
+
+
+def examine(options: Options) -> list[Check]:
+    """All of `preconditions`, and if none is missing, a trial: the programs are loaded and attached for a moment."""
+    kernel = Check("kernel", OK, f"{platform.system()} {platform.release()} {platform.machine()}")
+    checks = [kernel, *preconditions(options)]
+    return checks if missing(checks) else [*checks, _trial(options)]
+
+
+def missing(checks: list[Check]) -> list[Check]:
+    """Those that keep the tracer from running."""
+    return [check for check in checks if check.state == MISSING]
+
+
+def demand(options: Options) -> list[Check]:
+    """`preconditions`, all met.
+
+    Raises:
+        TracerError: those that are not, each with its remedy.
+    """
+    checks = preconditions(options)
+    lacking = missing(checks)
+    if lacking:
+        sentences = "\n".join(f"  {check.name}: {check.found}. {check.remedy}" for check in lacking)
+        raise TracerError(f"This node cannot be traced:\n{sentences}")
+    return checks

@@ -1,0 +1,159 @@
+"""The few bpf(2) calls that user space makes itself, through libbpf, which comes with bcc and maps 0.4 MB.
+
+Knows descriptors, keys and values as bytes; what they mean is the callers' business.
+"""
+
+import ctypes
+import errno
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tracer.errors import TracerError
+
+BPF_ANY = 0
+BPF_NOEXIST = 1
+
+# enum bpf_map_type (include/uapi/linux/bpf.h)
+MAP_TYPE_HASH = 1
+MAP_TYPE_ARRAY = 2
+MAP_TYPE_PERCPU_ARRAY = 6
+MAP_TYPE_RINGBUF = 27
+
+_SONAMES = ("libbpf.so.1", "libbpf.so.0")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The shared library, loaded once.
+
+    Raises:
+        TracerError: it is not installed, or is older than 0.7 (bpf_map_create).
+    """
+    for soname in _SONAMES:
+        try:
+            loaded = ctypes.CDLL(soname, use_errno=True)
+        except OSError:
+            continue
+        if hasattr(loaded, "bpf_map_create"):
+            return loaded
+    raise TracerError("libbpf 0.7 or newer was not found on this machine: install it with 'apt-get install libbpf1'.")
+
+
+def map_create(kind: int, name: str, key_size: int, value_size: int, max_entries: int) -> int:
+    """Makes a map and returns its descriptor.
+
+    Raises:
+        OSError: the kernel's refusal (EPERM: no privilege; EINVAL: it does not know the type; ENOMEM: too large).
+    """
+    fd = library().bpf_map_create(kind, name.encode(), key_size, value_size, max_entries, None)
+    if fd < 0:
+        code = ctypes.get_errno() or -fd
+        raise OSError(code, f"{os.strerror(code)} when making the BPF map '{name}'")
+    os.set_inheritable(fd, False)
+    return int(fd)
+
+
+def map_update(fd: int, key: bytes, value: bytes, flags: int = BPF_ANY) -> int:
+    """Inserts or replaces an element; returns 0, or the errno (EEXIST and E2BIG are answers, not accidents)."""
+    if library().bpf_map_update_elem(fd, key, value, ctypes.c_uint64(flags)) == 0:
+        return 0
+    return ctypes.get_errno()
+
+
+def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """The element's value, or None; for a per-CPU map `value_size` counts all possible CPUs."""
+    value = ctypes.create_string_buffer(value_size)
+    if library().bpf_map_lookup_elem(fd, key, value) != 0:
+        return None
+    return value.raw
+
+
+def map_delete(fd: int, key: bytes) -> bool:
+    """Deletes an element; false if it was not there."""
+    return bool(library().bpf_map_delete_elem(fd, key) == 0)
+
+
+Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+
+
+def map_batches(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> Iterator[Pair]:
+    """All elements of a hash map, some thousand at a time, as two arrays of equal length: keys and values.
+
+    The arrays are used again for the next batch. An element that comes or goes while this reads may or may not be among
+    them (bpf_map_lookup_batch, 5.6+).
+
+    Raises:
+        OSError: the kernel's refusal.
+    """
+    lookup = library().bpf_map_lookup_batch
+    keys, values = np.empty(4096, key_type), np.empty(4096, value_type)
+    cursor = ctypes.c_uint64(0)  # holds a bucket index of 4 bytes
+    first = True
+    while True:
+        count = ctypes.c_uint32(len(keys))
+        failed = lookup(
+            fd,
+            None if first else ctypes.byref(cursor),
+            ctypes.byref(cursor),
+            keys.ctypes.data_as(ctypes.c_void_p),
+            values.ctypes.data_as(ctypes.c_void_p),
+            ctypes.byref(count),
+            None,
+        )
+        code = ctypes.get_errno() if failed else 0
+        if code == errno.ENOSPC and count.value == 0:  # one bucket holds more than the arrays
+            keys, values = np.empty(2 * len(keys), key_type), np.empty(2 * len(values), value_type)
+            continue
+        if failed and code not in (errno.ENOENT, errno.ENOSPC):  # ENOENT: that was the last batch
+            raise OSError(code, f"{os.strerror(code)} when reading a BPF map")
+        first = False
+        yield keys[: count.value], values[: count.value]
+        if code == errno.ENOENT:
+            return
+
+
+def map_items(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> Pair:
+    """All elements of a hash map at once; see `map_batches`."""
+    parts = [(keys.copy(), values.copy()) for keys, values in map_batches(fd, key_type, value_type)]
+    return np.concatenate([keys for keys, _ in parts]), np.concatenate([values for _, values in parts])
+
+
+def map_count(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> int:
+    """How many elements a hash map has now."""
+    return sum(len(keys) for keys, _ in map_batches(fd, key_type, value_type))
+
+
+def iter_create(link: int) -> int:
+    """A new walk of an iterator link, over the network namespace of the calling thread; read() it to its end.
+
+    Raises:
+        OSError: the kernel's refusal.
+    """
+    fd = library().bpf_iter_create(link)
+    if fd < 0:
+        code = ctypes.get_errno() or -fd
+        raise OSError(code, f"{os.strerror(code)} when opening the socket iterator")
+    return int(fd)
+
+
+@functools.cache
+def possible_cpus() -> int:
+    """How many values an element of a per-CPU map has."""
+    return int(library().libbpf_num_possible_cpus())
+
+
+def recursion_misses(prog: int) -> int:
+    """How often a program was not run because it was running on that CPU already (0 where the kernel has no count).
+
+    From /proc/self/fdinfo, which names the field since 5.12 (9ed9e9ba2337).
+    """
+    with open(f"/proc/self/fdinfo/{prog}", encoding="ascii") as info:
+        for line in info:
+            if line.startswith("recursion_misses:"):
+                return int(line.split()[1])
+    return 0

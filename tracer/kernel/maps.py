@@ -1,0 +1,152 @@
+"""The BPF maps: their sizes by arithmetic, their making, their layouts as NumPy sees them.
+
+Knows `bpf/maps.h` (what each map is for is said there). User space makes the maps, so the descriptors
+live here and the child that compiles only borrows them.
+"""
+
+import os
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from tracer.errors import TracerError
+from tracer.kernel import libbpf
+from tracer.record import RECORD, TUPLE, Counter
+
+#: `struct connection`: the row so far, and what was reported.
+CONNECTION = np.dtype(
+    [
+        ("row", RECORD),
+        ("bytes_sent", "<u8"),
+        ("bytes_received", "<u8"),
+        ("packets_sent", "<u4"),
+        ("packets_received", "<u4"),
+        ("retransmits", "<u4"),
+        ("padding", "<u4"),
+        ("visited", "<u8"),
+    ]
+)
+
+#: `struct translation`.
+TRANSLATION = np.dtype(
+    [
+        ("backend", "V16"),
+        ("snat", "V16"),
+        ("backend_port", ">u2"),
+        ("snat_port", ">u2"),
+        ("ct_id", "<u4"),
+        ("created", "<u8"),
+        ("conn_id", "<u8"),
+        ("socket", "<u8"),
+        ("nat", "u1"),
+        ("source", "u1"),
+        ("zone", "<u2"),
+        ("reserved", "u1", (4,)),
+    ]
+)
+
+MODE_ADOPT, MODE_INTERIM, MODE_FLUSH = range(3)
+CONTROL_MODE, CONTROL_PAUSE = range(2)
+
+#: What a preallocated hash element costs besides key and value: struct htab_elem (kernel/bpf/hashtab.c), 48 bytes;
+#: and its share of the bucket array: 16 bytes a bucket, the number of elements rounded up to a power of two.
+_ELEMENT, _BUCKET = 48, 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much fits. A connection costs 312 bytes of kernel memory, a translation 176, a record 208."""
+
+    connections: int = 65_536
+    translations: int = 131_072
+    ring_bytes: int = 4 << 20
+    listeners: int = 4_096
+    namespaces: int = 1_024
+
+    def __post_init__(self) -> None:
+        if self.ring_bytes < 4096 or self.ring_bytes & (self.ring_bytes - 1):
+            raise TracerError(f"The ring's size must be a power of two of at least 4096 bytes, not {self.ring_bytes}.")
+
+    def kernel_bytes(self) -> int:
+        """Kernel memory of all maps, in bytes: they are preallocated, so this is also what they cost when empty."""
+
+        def hash_map(entries: int, key: int, value: int) -> int:
+            buckets = 1 << max(entries - 1, 1).bit_length()
+            return entries * (_ELEMENT + (key + 7) // 8 * 8 + (value + 7) // 8 * 8) + buckets * _BUCKET
+
+        cpus = libbpf.possible_cpus()
+        return (
+            hash_map(self.connections, 8, CONNECTION.itemsize)
+            + hash_map(self.translations, TUPLE.itemsize, TRANSLATION.itemsize)
+            + hash_map(self.listeners, 8, 1)
+            + hash_map(self.namespaces, 4, 1)
+            + self.ring_bytes
+            + cpus * 8 * (len(Counter) + 2)
+        )
+
+
+@dataclass
+class Maps:
+    """Descriptors of all maps. `close` lets go of them; the kernel frees a map with its last user."""
+
+    connections: int
+    translations: int
+    records: int
+    counters: int
+    sequence: int
+    control: int
+    listeners: int
+    netns_list: int
+    zones: int
+
+    @classmethod
+    def create(cls, sizes: Sizes) -> "Maps":
+        """Makes all maps.
+
+        Raises:
+            TracerError: the kernel refuses (no privilege, no ring buffer before 5.8, no memory).
+        """
+        hash_map, array, percpu = libbpf.MAP_TYPE_HASH, libbpf.MAP_TYPE_ARRAY, libbpf.MAP_TYPE_PERCPU_ARRAY
+        wanted = {
+            "connections": (hash_map, 8, CONNECTION.itemsize, sizes.connections),
+            "translations": (hash_map, TUPLE.itemsize, TRANSLATION.itemsize, sizes.translations),
+            "records": (libbpf.MAP_TYPE_RINGBUF, 0, 0, sizes.ring_bytes),
+            "counters": (percpu, 4, 8, len(Counter)),
+            "sequence": (percpu, 4, 8, 2),
+            "control": (array, 4, 8, 2),
+            "listeners": (hash_map, 8, 1, sizes.listeners),
+            "netns_list": (hash_map, 4, 1, sizes.namespaces),
+            "zones": (array, 4, 4, 8),
+        }
+        made: dict[str, int] = {}
+        try:
+            for name, (kind, key, value, entries) in wanted.items():
+                made[name] = libbpf.map_create(kind, f"vt_{name}"[:15], key, value, entries)
+        except OSError as error:
+            for fd in made.values():
+                os.close(fd)
+            raise TracerError(
+                f"{error.strerror}: run as root on Linux 5.8 or newer, and see 'vip-tracer doctor'."
+            ) from error
+        return cls(**made)
+
+    def descriptors(self) -> dict[str, int]:
+        """Map name → descriptor."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def close(self) -> None:
+        """Closes every descriptor."""
+        for fd in self.descriptors().values():
+            os.close(fd)
+
+    def set_control(self, which: int, value: int) -> None:
+        """Writes one of the CONTROL_* settings, which the programs read at their next run."""
+        libbpf.map_update(self.control, which.to_bytes(4, "little"), value.to_bytes(8, "little"))
+
+    def counters_now(self) -> dict[str, int]:
+        """Totals since the start by counter name in lower case, summed over the CPUs."""
+        totals = {}
+        for counter in Counter:
+            raw = libbpf.map_lookup(self.counters, counter.to_bytes(4, "little"), 8 * libbpf.possible_cpus())
+            totals[counter.name.lower()] = int(np.frombuffer(raw or b"", np.uint64).sum())
+        return totals

@@ -1,0 +1,119 @@
+"""The ring buffer of finished records, mapped into NumPy: a batch is a view, a record costs no Python.
+
+The layout is the kernel's user-space API (kernel/bpf/ringbuf.c): a page with the consumer's position, a page with the
+producer's, then the data, mapped twice in a row so that a record never wraps. Every record has a header of eight
+bytes: the length with two flag bits, and a page offset.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tracer.errors import TracerError
+
+BUSY = 1 << 31
+DISCARD = 1 << 30
+
+
+def _fence() -> Callable[[], None]:
+    """Orders loads and stores around the shared positions.
+
+    x86 keeps loads in order, and stores after loads, by itself (Intel SDM vol. 3, 9.2.2). Elsewhere membarrier(2),
+    private expedited, which begins and ends with a full barrier on the caller; untested, for want of such a machine.
+    """
+    if platform.machine() in ("x86_64", "AMD64"):
+        return lambda: None
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = {"aarch64": 283}.get(platform.machine())
+    private_expedited, register = 1 << 3, 1 << 4
+    if number is None or libc.syscall(number, register, 0, 0) != 0:
+        raise TracerError(f"The ring buffer cannot be read safely on this machine ({platform.machine()}).")
+    return lambda: libc.syscall(number, private_expedited, 0, 0)
+
+
+class Ring:
+    """A consumer of fixed-size records.
+
+    Args:
+        fd: descriptor of the ring buffer map.
+        size: its size in bytes, a power of two and a multiple of the page size.
+        record: the records' type; its size must be a multiple of eight.
+    """
+
+    def __init__(self, fd: int, size: int, record: np.dtype[Any]) -> None:
+        page = mmap.PAGESIZE
+        self._size = size
+        self._step = np.dtype([("length", "<u4"), ("page", "<u4"), ("record", record)])
+        self._record = record
+        self._fence = _fence()
+        self._consumer_map = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
+        self._producer_map = mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+        self._consumer = np.frombuffer(self._consumer_map, np.uint64, 1)
+        self._producer = np.frombuffer(self._producer_map, np.uint64, 1)
+        self._data = np.frombuffer(self._producer_map, np.uint8, 2 * size, offset=page)
+
+    @classmethod
+    def over(cls, consumer: npt.NDArray[np.uint64], producer: npt.NDArray[np.uint64], data: npt.NDArray[np.uint8],
+             record: np.dtype[Any]) -> "Ring":  # fmt: skip
+        """A ring over plain arrays, for tests: `data` holds the data area twice."""
+        ring = cls.__new__(cls)
+        ring._size = len(data) // 2
+        ring._step = np.dtype([("length", "<u4"), ("page", "<u4"), ("record", record)])
+        ring._record = record
+        ring._fence = _fence()
+        ring._consumer, ring._producer, ring._data = consumer, producer, data
+        return ring
+
+    def fill(self) -> float:
+        """How full the ring is, 0 to 1."""
+        return float(int(self._producer[0]) - int(self._consumer[0])) / self._size
+
+    def drain(self) -> npt.NDArray[Any]:
+        """All finished records, in order, copied out of the ring, whose room is free afterwards.
+
+        Stops at the first record that is still being written; leaves out discarded ones. An array of shape (n,), n
+        may be 0.
+
+        Raises:
+            TracerError: the ring holds something else than records of the expected size.
+        """
+        step = self._step
+        consumer = int(self._consumer[0])
+        available = int(self._producer[0]) - consumer
+        self._fence()
+        if available < step.itemsize:
+            return np.empty(0, self._record)
+        start = consumer & (self._size - 1)
+        view = self._data[start : start + available // step.itemsize * step.itemsize].view(step)
+        lengths = view["length"]
+        busy = np.flatnonzero(lengths & BUSY)
+        if len(busy):
+            view, lengths = view[: busy[0]], lengths[: busy[0]]
+        self._fence()
+        if len(view) and not np.all(lengths & ~np.uint32(DISCARD) == self._record.itemsize):
+            raise TracerError(
+                "The ring buffer holds records of another size: the BPF programs and this process are of different "
+                "versions; stop the agent and start it again."
+            )
+        kept = lengths & DISCARD == 0
+        records: npt.NDArray[Any] = view["record"][kept] if not kept.all() else view["record"].copy()
+        self._fence()
+        self._consumer[0] = consumer + len(view) * step.itemsize
+        return records
+
+    def close(self) -> None:
+        """Unmaps the ring; it must not be drained afterwards."""
+        del self._consumer, self._producer, self._data
+        self._consumer_map.close()
+        self._producer_map.close()
+
+
+def possible_size(wanted: int) -> int:
+    """The smallest ring the kernel accepts that holds `wanted` bytes: a power of two, a multiple of the page size."""
+    return max(1 << (wanted - 1).bit_length(), os.sysconf("SC_PAGESIZE"))

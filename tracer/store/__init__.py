@@ -1,0 +1,1 @@
+"""Where rows go: writing, publishing and reading the dataset's Parquet files."""

@@ -1,0 +1,204 @@
+"""The node's part of a dataset: open files, their rotation, their publication, and what a bad disk costs.
+
+Synchronous; knows no threads. Every row given to `write` ends in a published file or in `lost`, and until then it
+is in `unpublished`. A disk that fails is not an error of the agent: rows are counted, said once, and tried again.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from tracer import schema
+from tracer.clock import WallClock
+from tracer.store import layout
+from tracer.store.columns import table
+from tracer.store.coverage import CoverageLog, Run
+from tracer.store.parquet import UnpublishedFile
+
+_log = logging.getLogger(__name__)
+
+#: Hours that are written at once. Rows made from conntrack end before they are reported, so two are usual.
+MAX_OPEN = 4
+#: Seconds from a failed write to the next attempt, if no rotation comes before.
+RETRY_S = 30.0
+
+Totals = Callable[[], Mapping[str, int]]
+
+
+class _HourFile:
+    """An unpublished file of one hour, and the range of its rows' `ts`."""
+
+    def __init__(self, directory: Path, run: Run, number: int) -> None:
+        self.number = number
+        self.start = self.end = 0
+        name = layout.unpublished_name(run.node, run.run_id, number)
+        self.file = UnpublishedFile(directory, name, schema.arrow("connections"))
+
+    def write(self, rows: pa.Table, start: int, end: int) -> None:
+        self.start = min(self.start, start) if self.file.rows else start
+        self.end = max(self.end, end)
+        self.file.write(rows)
+
+
+class Dataset:
+    """Writes one run's rows under `root`, which must be locked by the caller."""
+
+    def __init__(
+        self,
+        root: Path,
+        run: Run,
+        clock: WallClock,
+        *,
+        rotate_s: float = 300.0,
+        rotate_bytes: int = 64 << 20,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.written = self.lost = self.unpublished = self.files = 0
+        self._root, self._run, self._clock = root, run, clock
+        self._rotate_s, self._rotate_bytes = rotate_s, rotate_bytes
+        self._monotonic, self._wall_ns = monotonic, wall_ns
+        self._open: dict[int, _HourFile] = {}
+        self._number = 0
+        self._rotated = monotonic()
+        self._failing = False
+        self._retry_at = 0.0
+        self._lost_when_it_failed = 0
+        self._coverage = CoverageLog(run, wall_ns())
+
+    @property
+    def seconds_until_due(self) -> float:
+        """How long nothing needs to be published yet; not above 0 if a publication is due."""
+        if len(self._open) > MAX_OPEN or any(hour.file.size >= self._rotate_bytes for hour in self._open.values()):
+            return 0.0
+        return self._rotated + self._rotate_s - self._monotonic()
+
+    def write(self, records: np.ndarray) -> None:
+        """Adds records to the files of their hours, a row group each. Never raises for a bad disk."""
+        if not len(records):
+            return
+        ts = self._clock.wall(records["ts"])
+        hours = ts // layout.HOUR_NS
+        if hours.min() == hours.max():
+            self._write_hour(int(hours[0]), records, ts)
+            return
+        for hour in np.unique(hours).tolist():
+            rows = hours == hour
+            self._write_hour(hour, records[rows], ts[rows])
+
+    def publish(self, totals: Mapping[str, int], *, last: bool = False) -> None:
+        """Publishes all open files and then a coverage row. Never raises for a bad disk.
+
+        `totals` are the agent's running totals by column of the coverage table; those of the dataset itself
+        (`written`, and its share of `lost_writer`) are added here.
+        """
+        self._rotated = self._monotonic()
+        whole = True
+        for hour in sorted(self._open):
+            whole &= self._publish_hour(hour, totals)
+        if self._publish_coverage(totals, last) and whole and self._failing:
+            self._failing = False
+            lost = self.lost - self._lost_when_it_failed
+            _log.warning("writing to %s works again; %d rows were lost meanwhile, see coverage/", self._root, lost)
+
+    def _write_hour(self, hour: int, records: np.ndarray, ts: np.ndarray) -> None:
+        count = len(records)
+        self.unpublished += count
+        if self._failing and self._monotonic() < self._retry_at:
+            self._lose(count)
+            return
+        try:
+            if hour not in self._open:
+                directory = layout.partition(self._root, "connections", hour)
+                self._open[hour] = _HourFile(directory, self._run, self._next_number())
+            rows = table(records, self._run.node, self._clock)
+            self._open[hour].write(rows, int(ts.min()), int(ts.max()))
+        except (OSError, pa.ArrowException) as error:
+            self._fail(error)
+            self._lose(count)
+            self._discard(hour)
+
+    def _publish_hour(self, hour: int, totals: Mapping[str, int]) -> bool:
+        item = self._open[hour]
+        rows = item.file.rows
+        name = layout.published_name(self._run.node, item.start, self._run.run_id, item.number)
+        about = {"start": str(item.start), "end": str(item.end), "rows": str(rows)}
+        try:
+            item.file.publish(name, self._metadata("connections", totals) | about)
+        except (OSError, pa.ArrowException) as error:
+            self._fail(error)
+            self._discard(hour)
+            return False
+        del self._open[hour]
+        self.unpublished -= rows
+        self.written += rows
+        self.files += 1
+        return True
+
+    def _publish_coverage(self, totals: Mapping[str, int], last: bool) -> bool:
+        now = self._wall_ns()
+        totals = dict(totals) | self._own_totals(totals)
+        directory = layout.partition(self._root, "coverage", now // layout.HOUR_NS)
+        file, number = None, self._next_number()
+        try:
+            name = layout.unpublished_name(self._run.node, self._run.run_id, number)
+            file = UnpublishedFile(directory, name, schema.arrow("coverage"))
+            file.write(self._coverage.row(now, totals, last=last))
+            name = layout.published_name(self._run.node, now, self._run.run_id, number)
+            file.publish(name, self._metadata("coverage", totals))
+        except (OSError, pa.ArrowException) as error:
+            self._fail(error)
+            if file:
+                file.discard()
+            return False
+        self._coverage.commit(now, totals)
+        return True
+
+    def _metadata(self, kind: str, totals: Mapping[str, int]) -> dict[str, str]:
+        """The file's key-value metadata; losses are totals of the run so far."""
+        losses = {name: count for name, count in (dict(totals) | self._own_totals(totals)).items() if "lost_" in name}
+        return {
+            "schema_version": str(schema.SCHEMA_VERSION),
+            "table": kind,
+            "node": self._run.node,
+            "boot_id": self._run.boot_id,
+            "kernel": self._run.kernel,
+            "run_id": self._run.run_id,
+            "version": self._run.version,
+            "losses": json.dumps(losses),
+        }
+
+    def _own_totals(self, totals: Mapping[str, int]) -> dict[str, int]:
+        emitted = totals.get("emitted", self.written + self.lost + self.unpublished)
+        return {"emitted": emitted, "written": self.written, "lost_writer": totals.get("lost_writer", 0) + self.lost}
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def _discard(self, hour: int) -> None:
+        item = self._open.pop(hour, None)
+        if item:
+            self._lose(item.file.rows)
+            item.file.discard()
+
+    def _lose(self, count: int) -> None:
+        self.unpublished -= count
+        self.lost += count
+
+    def _fail(self, error: Exception) -> None:
+        self._retry_at = self._monotonic() + RETRY_S
+        if not self._failing:
+            self._failing = True
+            self._lost_when_it_failed = self.lost
+            _log.error(
+                "cannot write to %s: %s; rows are lost, and counted, until it works again: free space or mend the "
+                "directory, the agent keeps trying",
+                self._root,
+                error,
+            )

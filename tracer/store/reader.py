@@ -1,0 +1,91 @@
+"""Published files of a dataset, in the order of time, as record batches of the schema this version knows.
+
+Hidden names (unpublished files, locks) are not seen. Columns go by name: what a newer version added is left out,
+what an older one lacked is null.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tracer import schema
+from tracer.errors import NoDataError, TracerError
+from tracer.store import layout
+
+
+def files(root: Path, table: str = "connections", start_ns: int | None = None, end_ns: int | None = None) -> list[Path]:
+    """Published files of a table, ordered by hour, then by start; only hours that touch [start_ns, end_ns).
+
+    Raises NoDataError if there are none.
+    """
+    first = None if start_ns is None else layout.partition(root, table, start_ns // layout.HOUR_NS).parts[-2:]
+    last = None if end_ns is None else layout.partition(root, table, (end_ns - 1) // layout.HOUR_NS).parts[-2:]
+    found = [
+        path
+        for path in root.glob(f"{table}/v*/date=*/hour=*/*.parquet")
+        if not path.name.startswith((".", "_"))
+        and (first is None or path.parts[-3:-1] >= first)
+        and (last is None or path.parts[-3:-1] <= last)
+    ]
+    if not found:
+        raise NoDataError(
+            f"no {table} in {root}; check the directory, or wait for the agent's first publication (--rotate)"
+        )
+    return sorted(found, key=lambda path: (path.parts[-3:-1], layout.start_of(path.name), path.name))
+
+
+def batches(path: Path, table: str = "connections", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of one file as batches with the given columns (default all), in the schema's order.
+
+    Raises TracerError if the file cannot be read or lacks a column that is never null.
+    """
+    wanted = [field for field in schema.arrow(table) if columns is None or field.name in columns]
+    coded = [field.name for field in wanted if field.type == schema.DICT]
+    try:
+        footer = pq.read_metadata(path)
+        present = set(footer.schema.to_arrow_schema().names)
+        with pq.ParquetFile(path, metadata=footer, read_dictionary=[c for c in coded if c in present]) as file:
+            missing = [field.name for field in wanted if field.name not in present and not field.nullable]
+            if missing:
+                raise TracerError(
+                    f"{path} lacks the columns {', '.join(missing)}; it is not a {table} file of this version or a "
+                    "later one: move it out of the dataset"
+                )
+            for batch in file.iter_batches(columns=[field.name for field in wanted if field.name in present]):
+                yield _shaped(batch, wanted)
+    except (OSError, pa.ArrowException) as error:
+        raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
+
+
+def rows(root: Path, table: str = "connections", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """All batches of a table, file by file in the order of `files`, with its errors and those of `batches`."""
+    for path in files(root, table):
+        if path.exists():  # it may have been compacted or expired since it was listed
+            yield from batches(path, table, columns)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """A file's own metadata: schema_version, node, run_id, start, end, rows, losses and so on.
+
+    Raises TracerError if the file cannot be read.
+    """
+    try:
+        found = pq.read_metadata(path).metadata or {}
+    except (OSError, pa.ArrowException) as error:
+        raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
+    return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
+
+
+def _shaped(batch: pa.RecordBatch, wanted: list[pa.Field]) -> pa.RecordBatch:
+    """The batch with exactly the wanted fields."""
+    arrays = []
+    for field in wanted:
+        index = batch.schema.get_field_index(field.name)
+        if index < 0:
+            arrays.append(pa.nulls(batch.num_rows, field.type))
+        else:
+            array = batch.column(index)
+            arrays.append(array if array.type == field.type else array.cast(field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(wanted))

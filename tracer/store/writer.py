@@ -1,0 +1,220 @@
+"""The writer thread: takes chunks of records from the agent's loop and never makes it wait.
+
+Gathers rows into groups, hands full groups to a `Dataset`, and publishes by the dataset's timer. What it cannot
+take it counts: rows put = written + lost + unpublished, at any moment.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from tracer.clock import WallClock
+from tracer.errors import TracerError
+from tracer.record import RECORD
+from tracer.store import layout
+from tracer.store.coverage import Run
+from tracer.store.dataset import Dataset
+
+_log = logging.getLogger(__name__)
+
+#: Rows of a row group. Measured at 20,000 rows a second: 92 MB resident, 106 with twice the rows; 0.7 % smaller then.
+GROUP_ROWS = 16_384
+#: Bound of what waits for the thread, in bytes of raw records: four seconds at 20,000 rows a second.
+PENDING_BYTES = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counts:
+    """The writer's account at one moment, in rows; `files` is the number of published connection files."""
+
+    emitted: int = 0
+    written: int = 0
+    lost: int = 0
+    queued: int = 0
+    files: int = 0
+
+    @property
+    def unpublished(self) -> int:
+        """Rows that are neither in a published file nor lost: those queued and those in unpublished files."""
+        return self.emitted - self.written - self.lost
+
+
+def _nothing() -> Mapping[str, int]:
+    return {}
+
+
+class DatasetWriter:
+    """Writes one run's rows under `root`. Start it after any fork; stop it with `close`.
+
+    `counters` is called by the thread at each publication for running totals (and gauges) by column name of the
+    coverage table, as `tracer.kernel.capture.Capture.totals` names them.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        run: Run,
+        clock: WallClock,
+        counters: Callable[[], Mapping[str, int]] = _nothing,
+        *,
+        rotate_s: float = 300.0,
+        rotate_bytes: int = 64 << 20,
+        group_rows: int = GROUP_ROWS,
+        pending_bytes: int = PENDING_BYTES,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """Locks the directory and removes this node's unpublished files. Raises TracerError if it cannot."""
+        self.pending_rows = max(1, pending_bytes // RECORD.itemsize)
+        self._counters, self._group_rows = counters, group_rows
+        self._lock = layout.Lock(root, run.node)
+        try:
+            stale = layout.remove_stale(root, run.node)
+        except OSError as error:
+            self._lock.release()
+            raise TracerError(f"cannot clear {root}: {error}; make the directory writable") from error
+        if stale:
+            _log.warning("removed %d unpublished files of an earlier run that did not end well", len(stale))
+        self._dataset = Dataset(
+            root, run, clock, rotate_s=rotate_s, rotate_bytes=rotate_bytes, monotonic=monotonic, wall_ns=wall_ns
+        )
+        self._changed = threading.Condition()
+        # Everything below is guarded by `_changed`; the dataset belongs to the thread alone.
+        self._groups: deque[np.ndarray] = deque()
+        self._spare: np.ndarray | None = None
+        self._filling = np.empty(group_rows, dtype=RECORD)
+        self._filled = 0
+        self._counts = Counts()
+        self._refused = 0
+        self._flushes = self._flushed = 0
+        self._closing = self._done = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="vip-tracer-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, records: np.ndarray) -> bool:
+        """Takes a copy of the records; False, and all counted as lost, if too many wait. Never waits for a disk."""
+        count = len(records)
+        with self._changed:
+            before = self._counts
+            taken = not self._closing and self._error is None and before.queued + count <= self.pending_rows
+            self._refused += 0 if taken else count
+            self._counts = dataclasses.replace(
+                before,
+                emitted=before.emitted + count,
+                lost=before.lost + (0 if taken else count),
+                queued=before.queued + (count if taken else 0),
+            )
+            if taken:
+                self._gather(records)
+            return taken
+
+    def snapshot(self) -> Counts:
+        """The account now."""
+        with self._changed:
+            return self._counts
+
+    def flush(self) -> None:
+        """Publishes everything put so far, and a coverage row; returns when that is done or has failed."""
+        with self._changed:
+            self._flushes += 1
+            mine = self._flushes
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._flushed >= mine or self._done or self._error is not None)
+
+    def close(self) -> None:
+        """Publishes everything, the run's last coverage row too, and releases the directory. Idempotent.
+
+        Raises TracerError if the thread had died of a defect.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._lock.release()
+        if self._error is not None:
+            raise TracerError(f"the writer stopped: {self._error!r}; this is a defect, please report it")
+
+    def _gather(self, records: np.ndarray) -> None:
+        while len(records):
+            room = self._group_rows - self._filled
+            part, records = records[:room], records[room:]
+            self._filling[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            if self._filled == self._group_rows:
+                self._groups.append(self._filling)
+                self._begin_group()
+                self._changed.notify_all()
+
+    def _begin_group(self) -> None:
+        # A used buffer is taken again: its pages are already there.
+        self._filling = self._spare if self._spare is not None else np.empty(self._group_rows, dtype=RECORD)
+        self._spare, self._filled = None, 0
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        except Exception as error:  # noqa: BLE001  a defect: the agent must hear of it, and the account must stay true
+            _log.exception("the writer stopped")
+            with self._changed:
+                self._error = error
+                counts = self._counts
+                self._counts = dataclasses.replace(counts, lost=counts.emitted - counts.written, queued=0)
+                self._changed.notify_all()
+
+    def _step(self) -> bool:
+        """Waits for something to do, and does it; False once everything is done and the writer is closing."""
+        with self._changed:
+            self._changed.wait_for(self._is_work, timeout=max(0.0, self._dataset.seconds_until_due))
+            closing, flushes = self._closing, self._flushes
+            publish = closing or flushes > self._flushed or self._dataset.seconds_until_due <= 0
+            groups = [self._groups.popleft()] if self._groups else []
+            if publish:
+                groups += self._groups
+                self._groups.clear()
+                groups.append(self._filling[: self._filled])
+                self._begin_group()
+        for group in groups:
+            self._dataset.write(group)
+            self._account(len(group))
+        with self._changed:
+            if groups and len(groups[0]) == self._group_rows:
+                self._spare = groups[0]
+        groups.clear()
+        if publish or self._dataset.seconds_until_due <= 0:
+            self._dataset.publish(self._totals(), last=closing)
+            self._account(0)
+        with self._changed:
+            self._flushed = max(self._flushed, flushes)
+            self._done = closing
+            self._changed.notify_all()
+        return not closing
+
+    def _is_work(self) -> bool:
+        return bool(self._groups) or self._closing or self._flushes > self._flushed
+
+    def _totals(self) -> dict[str, int]:
+        try:
+            totals = dict(self._counters())
+        except OSError as error:
+            _log.warning("cannot read the agent's counters: %s; they are null in this coverage row", error)
+            totals = {}
+        with self._changed:
+            return totals | {"emitted": self._counts.emitted, "lost_writer": self._refused}
+
+    def _account(self, taken: int) -> None:
+        with self._changed:
+            self._counts = dataclasses.replace(
+                self._counts,
+                written=self._dataset.written,
+                lost=self._refused + self._dataset.lost,
+                queued=self._counts.queued - taken,
+                files=self._dataset.files,
+            )
