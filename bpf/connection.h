@@ -102,17 +102,13 @@ static __always_inline void join(const void *sk, struct record *row)
 	row->ct_zone = translation->zone;
 	row->nat = translation->nat;
 	row->nat_source = translation->source;
+	if (translation->ended)
+		bpf_map_delete_elem_(TRANSLATIONS, &row->tuple);
 }
 
-/* What is known of a socket when its entry is made. False: it is not traced, by option or because it is no TCP
- * socket (an MPTCP parent fires too, with counters that mean something else; its subflows are TCP). */
+/* What is known of a socket when its entry is made. False: it is not traced, by option. */
 static __always_inline bool describe(const void *sk, struct record *row)
 {
-	__u16 protocol = 0;
-
-	READ(protocol, sk, OFFSET_sock__sk_protocol);
-	if (protocol != IPPROTO_TCP)
-		return false;
 	if (!read_tuple(sk, &row->tuple))
 		return false;
 	row->netns = read_netns(sk);
@@ -133,7 +129,7 @@ static __always_inline bool describe(const void *sk, struct record *row)
 /* Whether an entry is this socket's. It is not where the end of an earlier socket at this address was missed. */
 static __always_inline bool is_entry_of(const void *sk, const struct record *row)
 {
-	__u16 port = 0;
+	__u16 port;
 
 	READ(port, sk, OFFSET_sock_common__skc_dport);
 	if (port != row->tuple.dst_port)
@@ -230,7 +226,7 @@ static __always_inline bool emit(const void *sk, struct connection *connection, 
 {
 	struct record *row = &connection->row, *record;
 	struct reported totals = {};
-	__u32 rtt = 0;
+	__u32 rtt;
 
 	record = bpf_ringbuf_reserve(RECORDS, sizeof(*record), 0);
 	if (!record)
@@ -261,7 +257,7 @@ static __always_inline bool emit(const void *sk, struct connection *connection, 
  * close and where no source port was left (tcp_v4_connect's failure path), which then is still 0. */
 static __always_inline __u16 how_it_ended(const void *sk, const struct record *row)
 {
-	int error = 0;
+	int error;
 
 	READ(error, sk, OFFSET_sock__sk_err);
 	if (error)
@@ -324,7 +320,7 @@ static __always_inline void socket_vanishes(const void *sk)
 {
 	__u64 key = (__u64)sk;
 	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
-	__u32 rtt = 0;
+	__u32 rtt;
 
 	if (!connection)
 		return; /* as it should be: no loss */

@@ -19,6 +19,9 @@
 #define CTA_ZONE 18
 #define NLA_F_NESTED 0x8000
 
+/* How long after its birth an entry's end may be the answer to its first SYN. */
+#define KEEP_NS 5000000000ULL
+
 /* An attribute's header as the little-endian word it is: length, then type. */
 #define ATTRIBUTE(length, type) ((__u32)(length) | (__u32)(type) << 16)
 #define NEST(length, type) ATTRIBUTE(length, (type) | NLA_F_NESTED)
@@ -68,28 +71,30 @@ struct message_tuple_v6 {
 	struct message_ports ports;
 };
 
-struct message_v4 {
-	struct message_head head;
-	struct message_tuple_v4 original;
-	struct message_tuple_v4 reply;
-};
-
-struct message_v6 {
-	struct message_head head;
-	struct message_tuple_v6 original;
-	struct message_tuple_v6 reply;
-};
-
-_Static_assert(sizeof(struct message_v4) == 16 + 4 + 52 + 52, "ctnetlink's IPv4 head");
-_Static_assert(sizeof(struct message_v6) == 16 + 4 + 76 + 76, "ctnetlink's IPv6 head");
-
-/* What follows the tuples: [zone] id. */
+/* What follows the tuples: [zone] id, or id and the status. */
 struct message_tail {
 	__u32 first_header;
 	__u32 first;
 	__u32 second_header;
 	__u32 second;
 };
+
+struct message_v4 {
+	struct message_head head;
+	struct message_tuple_v4 original;
+	struct message_tuple_v4 reply;
+	struct message_tail tail;
+};
+
+struct message_v6 {
+	struct message_head head;
+	struct message_tuple_v6 original;
+	struct message_tuple_v6 reply;
+	struct message_tail tail;
+};
+
+_Static_assert(sizeof(struct message_v4) == 16 + 4 + 52 + 52 + 16, "ctnetlink's IPv4 head");
+_Static_assert(sizeof(struct message_v6) == 16 + 4 + 76 + 76 + 16, "ctnetlink's IPv6 head");
 
 static __always_inline bool ports_fit(const struct message_ports *ports)
 {
@@ -138,37 +143,29 @@ static __always_inline void count_misfit(struct __sk_buff *skb, __u32 number_off
 	count(number == IPPROTO_TCP ? COUNT_MALFORMED_EVENTS : COUNT_IGNORED_PROTOCOL);
 }
 
-static __always_inline bool read_v4(struct __sk_buff *skb, struct tuple *tuple, struct translation *translation)
+static __always_inline bool read_v4(const struct message_v4 *message, struct tuple *tuple,
+				    struct translation *translation)
 {
-	struct message_v4 message;
-
-	if (bpf_skb_load_bytes(skb, 0, &message, sizeof(message)) || !v4_fits(&message.original, CTA_TUPLE_ORIG) ||
-	    !v4_fits(&message.reply, CTA_TUPLE_REPLY)) {
-		count_misfit(skb, offsetof(struct message_v4, original.ports.number));
+	if (!v4_fits(&message->original, CTA_TUPLE_ORIG) || !v4_fits(&message->reply, CTA_TUPLE_REPLY))
 		return false;
-	}
-	set_v4(&tuple->src, message.original.src);
-	set_v4(&tuple->dst, message.original.dst);
-	set_v4(&translation->backend, message.reply.src);
-	set_v4(&translation->snat, message.reply.dst);
-	copy_ports(tuple, translation, &message.original.ports, &message.reply.ports);
+	set_v4(&tuple->src, message->original.src);
+	set_v4(&tuple->dst, message->original.dst);
+	set_v4(&translation->backend, message->reply.src);
+	set_v4(&translation->snat, message->reply.dst);
+	copy_ports(tuple, translation, &message->original.ports, &message->reply.ports);
 	return true;
 }
 
-static __always_inline bool read_v6(struct __sk_buff *skb, struct tuple *tuple, struct translation *translation)
+static __always_inline bool read_v6_message(const struct message_v6 *message, struct tuple *tuple,
+					    struct translation *translation)
 {
-	struct message_v6 message;
-
-	if (bpf_skb_load_bytes(skb, 0, &message, sizeof(message)) || !v6_fits(&message.original, CTA_TUPLE_ORIG) ||
-	    !v6_fits(&message.reply, CTA_TUPLE_REPLY)) {
-		count_misfit(skb, offsetof(struct message_v6, original.ports.number));
+	if (!v6_fits(&message->original, CTA_TUPLE_ORIG) || !v6_fits(&message->reply, CTA_TUPLE_REPLY))
 		return false;
-	}
-	copy_v6(&tuple->src, message.original.src);
-	copy_v6(&tuple->dst, message.original.dst);
-	copy_v6(&translation->backend, message.reply.src);
-	copy_v6(&translation->snat, message.reply.dst);
-	copy_ports(tuple, translation, &message.original.ports, &message.reply.ports);
+	copy_v6(&tuple->src, message->original.src);
+	copy_v6(&tuple->dst, message->original.dst);
+	copy_v6(&translation->backend, message->reply.src);
+	copy_v6(&translation->snat, message->reply.dst);
+	copy_ports(tuple, translation, &message->original.ports, &message->reply.ports);
 	return true;
 }
 
@@ -201,61 +198,66 @@ static __always_inline void remember_zone(__u16 zone)
 static __always_inline void conntrack_event(struct __sk_buff *skb)
 {
 	struct translation translation = {}, *known;
-	struct message_tail tail;
 	struct tuple tuple = {};
-	__u32 offset;
-	__u16 type;
-	__u8 family;
+	struct message_tail *tail;
+	union {
+		struct message_head head;
+		struct message_v4 v4;
+		struct message_v6 v6;
+	} message;
+	__u8 type;
 
-	if (bpf_skb_load_bytes(skb, offsetof(struct message_head, type), &type, sizeof(type)) ||
-	    bpf_skb_load_bytes(skb, offsetof(struct message_head, family), &family, sizeof(family))) {
-		count(COUNT_MALFORMED_EVENTS);
+	/* One load for the usual message; what is shorter has no ports and is looked at only to count it. */
+	if (bpf_skb_load_bytes(skb, 0, &message.v4, sizeof(message.v4)) ||
+	    (message.head.family == AF_INET && !read_v4(&message.v4, &tuple, &translation))) {
+		count_misfit(skb, offsetof(struct message_v4, original.ports.number));
 		return;
 	}
-	if (family == AF_INET) {
-		if (!read_v4(skb, &tuple, &translation))
-			return; /* counted there */
-		offset = sizeof(struct message_v4);
-	} else {
-		if (!read_v6(skb, &tuple, &translation))
-			return; /* counted there */
-		offset = sizeof(struct message_v6);
+	tail = &message.v4.tail;
+	if (message.head.family != AF_INET) {
+		if (bpf_skb_load_bytes(skb, 0, &message.v6, sizeof(message.v6)) ||
+		    !read_v6_message(&message.v6, &tuple, &translation)) {
+			count_misfit(skb, offsetof(struct message_v6, original.ports.number));
+			return;
+		}
+		tail = &message.v6.tail;
 	}
+	type = message.head.type & 0xff;
 	if (tuple.protocol != IPPROTO_TCP) {
 		count(COUNT_IGNORED_PROTOCOL);
 		return;
 	}
-	if (bpf_skb_load_bytes(skb, offset, &tail, sizeof(tail))) {
-		count(COUNT_MALFORMED_EVENTS);
-		return;
-	}
-	if (tail.first_header == ATTRIBUTE(6, CTA_ZONE)) {
-		tuple.zone = translation.zone = bpf_ntohs((__u16)tail.first);
+	if (tail->first_header == ATTRIBUTE(6, CTA_ZONE)) {
+		tuple.zone = translation.zone = bpf_ntohs((__u16)tail->first);
 		remember_zone(tuple.zone);
-		tail.first_header = tail.second_header;
-		tail.first = tail.second;
+		tail->first_header = tail->second_header;
+		tail->first = tail->second;
 	}
-	if (tail.first_header != ATTRIBUTE(8, CTA_ID)) {
+	if (tail->first_header != ATTRIBUTE(8, CTA_ID)) {
 		count(COUNT_MALFORMED_EVENTS);
 		return;
 	}
-	translation.ct_id = bpf_ntohl(tail.first);
+	translation.ct_id = bpf_ntohl(tail->first);
 
-	if ((type & 0xff) == IPCTNL_MSG_CT_NEW) {
+	if (type == IPCTNL_MSG_CT_NEW) {
 		translation.created = bpf_ktime_get_boot_ns();
 		translation.nat = nat_of(&tuple, &translation);
 		translation.source = SOURCE_CONNTRACK;
 		count(COUNT_CONNTRACK_NEW);
 		if (bpf_map_update_elem_(TRANSLATIONS, &tuple, &translation, BPF_ANY))
 			count(COUNT_LOST_TRANSLATION_MAP);
-	} else if ((type & 0xff) == IPCTNL_MSG_CT_DELETE) {
+	} else if (type == IPCTNL_MSG_CT_DELETE) {
 		count(COUNT_CONNTRACK_DESTROY);
 		known = bpf_map_lookup_elem_(TRANSLATIONS, &tuple);
-		/* An id that differs: the entry was replaced, and this is the end of the old one. */
-		if (known && known->ct_id == translation.ct_id)
-			bpf_map_delete_elem_(TRANSLATIONS, &tuple);
-		else
+		if (!known || known->ct_id != translation.ct_id) {
+			/* The entry was replaced, and this is the end of the old one; or it was never known. */
 			count(COUNT_STALE_DESTROY);
+		} else if (!known->conn_id && bpf_ktime_get_boot_ns() - known->created < KEEP_NS) {
+			known->ended = 1;
+			count(COUNT_KEPT);
+		} else {
+			bpf_map_delete_elem_(TRANSLATIONS, &tuple);
+		}
 	} else {
 		count(COUNT_MALFORMED_EVENTS);
 	}

@@ -29,6 +29,7 @@ enum counter {
 	COUNT_IGNORED_PROTOCOL,	 /* conntrack events of protocols that are not traced */
 	COUNT_MALFORMED_EVENTS,	 /* conntrack events whose layout was not understood */
 	COUNT_STALE_DESTROY,	 /* DESTROY of an entry that was not, or no longer, in the map */
+	COUNT_KEPT,		 /* entries that conntrack dropped at once (a refusal), kept for the socket */
 	COUNTERS
 };
 

@@ -80,7 +80,7 @@ static __always_inline void visit(const void *sk)
 {
 	struct connection *connection;
 	__u64 key = (__u64)sk, mode;
-	__u8 state = 0;
+	__u8 state;
 
 	READ(state, sk, OFFSET_sock_common__skc_state);
 	mode = control(CONTROL_MODE);
@@ -89,9 +89,8 @@ static __always_inline void visit(const void *sk)
 			remember_listener(sk);
 		return;
 	}
-	/* Time-wait and request sockets are other, smaller structures; a closed socket had its last row. */
-	if (state == BPF_TCP_TIME_WAIT || state == BPF_TCP_NEW_SYN_RECV || state == BPF_TCP_CLOSE)
-		return;
+	if (state == BPF_TCP_CLOSE)
+		return; /* it had its last row */
 	connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
 	if (!connection) {
 		if (mode == MODE_ADOPT)

@@ -15,9 +15,11 @@
 #define EADDRNOTAVAIL 99
 #define EEXIST 17
 
-/* Copies the field at `offset` of a kernel object; on a fault the destination is zeroed by the helper. */
+/* Reads the field at `offset` of a kernel object that the verifier knows the type of: a plain load, which the kernel
+ * makes safe, at a tenth of the cost of bpf_probe_read_kernel. Volatile, so that the compiler neither joins nor widens
+ * loads: the verifier wants each within one field. */
 #define READ(destination, object, offset) \
-	bpf_probe_read_kernel(&(destination), sizeof(destination), (const void *)(object) + (offset))
+	((destination) = *(volatile typeof(destination) *)((const void *)(object) + (offset)))
 
 static __always_inline void set_v4(struct address *address, __u32 v4)
 {
@@ -45,44 +47,46 @@ static __always_inline bool same_address(const struct address *a, const struct a
 	return a->halves[0] == b->halves[0] && a->halves[1] == b->halves[1];
 }
 
-/* The part of struct sock_common that every lookup needs, in one read: all of it lies in the first bytes, and the
- * loader refuses a kernel where it does not. */
-struct socket_head {
-	__u8 bytes[SOCKET_HEAD_SIZE];
-};
+static __always_inline void read_v6(struct address *address, const void *sk, __u32 offset)
+{
+	READ(address->words[0], sk, offset);
+	READ(address->words[1], sk, offset + 4);
+	READ(address->words[2], sk, offset + 8);
+	READ(address->words[3], sk, offset + 12);
+}
 
-#define HEAD(type, head, field) (*(type *)((head)->bytes + OFFSET_sock_common__##field))
-
-/* The tuple of a socket as its own side sees it. An IPv6 socket talking to a v4-mapped address has both: the
- * v6 fields are read, and say ::ffff:a.b.c.d. The local port is skc_num, 0 until the kernel has chosen one. */
+/* The tuple of a socket as its own side sees it. An IPv6 socket talking to a v4-mapped address has both: the v6 fields
+ * are read, and say ::ffff:a.b.c.d. The local port is skc_num, 0 until the kernel has chosen one. */
 static __always_inline bool read_tuple(const void *sk, struct tuple *tuple)
 {
-	struct socket_head head;
-	__u16 family;
+	__u16 family, port;
+	__u32 v4;
 
-	READ(head, sk, 0);
-	family = HEAD(__u16, &head, skc_family);
-	tuple->src_port = bpf_htons(HEAD(__u16, &head, skc_num));
-	tuple->dst_port = HEAD(__u16, &head, skc_dport);
+	READ(family, sk, OFFSET_sock_common__skc_family);
+	READ(port, sk, OFFSET_sock_common__skc_num);
+	tuple->src_port = bpf_htons(port);
+	READ(tuple->dst_port, sk, OFFSET_sock_common__skc_dport);
 	tuple->zone = 0;
 	tuple->protocol = IPPROTO_TCP;
 	tuple->reserved = 0;
 	if (family == AF_INET) {
-		set_v4(&tuple->src, HEAD(__u32, &head, skc_rcv_saddr));
-		set_v4(&tuple->dst, HEAD(__u32, &head, skc_daddr));
+		READ(v4, sk, OFFSET_sock_common__skc_rcv_saddr);
+		set_v4(&tuple->src, v4);
+		READ(v4, sk, OFFSET_sock_common__skc_daddr);
+		set_v4(&tuple->dst, v4);
 		return true;
 	}
 	if (family != AF_INET6)
 		return false;
-	READ(tuple->src, sk, OFFSET_sock_common__skc_v6_rcv_saddr);
-	READ(tuple->dst, sk, OFFSET_sock_common__skc_v6_daddr);
+	read_v6(&tuple->src, sk, OFFSET_sock_common__skc_v6_rcv_saddr);
+	read_v6(&tuple->dst, sk, OFFSET_sock_common__skc_v6_daddr);
 	return true;
 }
 
 static __always_inline __u32 read_netns(const void *sk)
 {
-	const void *net = NULL;
-	__u32 inode = 0;
+	const void *net;
+	__u32 inode;
 
 	READ(net, sk, OFFSET_sock_common__skc_net);
 	READ(inode, net, OFFSET_net__ns + OFFSET_ns_common__inum);
@@ -94,8 +98,8 @@ static __always_inline __u32 read_netns(const void *sk)
  * retransmitted bytes again (tcp_output.c). */
 static __always_inline void read_totals(const void *sk, struct reported *totals)
 {
-	__u64 retransmitted = 0;
-	unsigned long flags = 0;
+	__u64 retransmitted;
+	unsigned long flags;
 
 	READ(totals->bytes_sent, sk, OFFSET_tcp_sock__bytes_sent);
 	READ(retransmitted, sk, OFFSET_tcp_sock__bytes_retrans);

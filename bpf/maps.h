@@ -42,7 +42,8 @@ struct translation {
 	__u8 nat;      /* enum nat */
 	__u8 source;   /* enum nat_source: CONNTRACK or DUMP */
 	__u16 zone;
-	__u8 reserved[4];
+	__u8 ended; /* conntrack has dropped the entry: removed by the socket that claims it */
+	__u8 reserved[3];
 };
 
 /* connections: socket pointer -> struct connection. Hash. Inserted at SYN_SENT and, for sockets older than the
@@ -51,11 +52,12 @@ struct translation {
  * entry. Read by the iterator. Full: COUNT_LOST_CONNECTION_MAP. */
 #define CONNECTIONS MAP(CONNECTIONS_FD)
 
-/* translations: struct tuple -> struct translation. Hash.
- * Inserted at conntrack's NEW and by the dump at the start (tracer/kernel/conntrack.py); deleted at DESTROY and
- * by the reconciliation with a dump, for entries whose DESTROY is not sent (born before anybody listened).
- * Not deleted when a socket claims it: conntrack reuses an entry in TIME_WAIT for a new connection without
- * a NEW event. Full: COUNT_LOST_TRANSLATION_MAP. */
+/* translations: struct tuple -> struct translation. Hash. Inserted at conntrack's NEW and by the dump at the start
+ * (tracer/kernel/conntrack.py); deleted at DESTROY and by the reconciliation with a dump, for entries whose DESTROY
+ * is not sent (born before anybody listened). Not deleted when a socket claims it: conntrack reuses an entry in
+ * TIME_WAIT for a new connection without a NEW event. Kept beyond DESTROY if nobody claimed it and it is younger
+ * than KEEP_NS: conntrack drops an entry as soon as the peer answers the first SYN with a RST, before the socket
+ * hears of it; then the socket, or the reconciliation, removes it. Full: COUNT_LOST_TRANSLATION_MAP. */
 #define TRANSLATIONS MAP(TRANSLATIONS_FD)
 
 /* zones: 0..ZONES-1 -> u32 zone, 0 where unused. Array. Zones other than 0 in which an entry was seen; written

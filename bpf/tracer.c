@@ -5,6 +5,14 @@
 #include "conntrack.h"
 #include "iterator.h"
 
+/* The socket as a tcp_sock, whose fields the verifier then knows; NULL for what only shares the hook: an MPTCP
+ * parent (its counters mean something else; its subflows are TCP), a time-wait or request socket (smaller
+ * structures). */
+static __always_inline const void *tcp_socket(const void *sk)
+{
+	return bpf_skc_to_tcp_sock((void *)sk);
+}
+
 /* A tracing program that is interrupted on its CPU, by a softirq or (where tracepoints may be preempted) by another
  * task, is not run again inside itself: the kernel skips it and only recursion_misses tells (05b24ff9b2cf, 6.1).
  * With packets steered between CPUs about one state change in 200 is skipped. So whatever one event says can be
@@ -12,27 +20,36 @@
  * for the latency) by the next row, a missed CLOSE when the socket is destroyed, by a second program with a guard
  * of its own. */
 
-/* raw_tracepoint/inet_sock_set_state: every state change of every TCP socket, in all namespaces.
+/* tp_btf/inet_sock_set_state: every state change of every TCP socket, in all namespaces.
  * Why: stable since 4.16, needs no kprobe. Context: SYN_SENT in that of connect()'s caller, the others anywhere. */
-int socket_state(struct bpf_raw_tracepoint_args *ctx)
+int socket_state(__u64 *ctx)
 {
-	const void *sk = (const void *)ctx->args[0];
-	int old_state = ctx->args[1], new_state = ctx->args[2];
+	int old_state = ctx[1], new_state = ctx[2];
+	const void *sk;
 
+	if (new_state != BPF_TCP_CLOSE && new_state != BPF_TCP_SYN_SENT &&
+	    !(new_state == BPF_TCP_ESTABLISHED && old_state == BPF_TCP_SYN_SENT))
+		return 0;
+	sk = tcp_socket((const void *)ctx[0]);
+	if (!sk)
+		return 0;
 	if (new_state == BPF_TCP_CLOSE)
 		connection_ends(sk, old_state);
 	else if (new_state == BPF_TCP_SYN_SENT)
 		connection_begins(sk);
-	else if (new_state == BPF_TCP_ESTABLISHED && old_state == BPF_TCP_SYN_SENT)
+	else
 		connection_stands(sk);
 	return 0;
 }
 
-/* raw_tracepoint/tcp_destroy_sock: a TCP socket is about to be freed. Why: the second chance for an end that
- * socket_state missed, and the reason why no entry leaks; since 4.16. Context: any. */
-int socket_destroyed(struct bpf_raw_tracepoint_args *ctx)
+/* tp_btf/tcp_destroy_sock: a TCP socket is about to be freed. Why: the second chance for an end that socket_state
+ * missed, and the reason why no entry leaks; since 4.16. Context: any. */
+int socket_destroyed(__u64 *ctx)
 {
-	socket_vanishes((const void *)ctx->args[0]);
+	const void *sk = tcp_socket((const void *)ctx[0]);
+
+	if (sk)
+		socket_vanishes(sk);
 	return 0;
 }
 
@@ -49,7 +66,11 @@ int conntrack_events(struct __sk_buff *skb)
  * Why: the same socket pointers that the tracepoint sees, with their counters. Context: read() of the iterator. */
 int bpf_iter__tcp(struct iterator_context *ctx)
 {
-	if (ctx->sk_common) /* NULL at the end of the walk */
-		visit(ctx->sk_common);
+	const void *sk = ctx->sk_common; /* NULL at the end of the walk */
+
+	if (sk)
+		sk = tcp_socket(sk);
+	if (sk)
+		visit(sk);
 	return 0;
 }

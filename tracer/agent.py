@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,9 @@ def interim_period(interval_s: float) -> float:
     return min(max(interval_s / 12, 0.25), 10.0)
 
 
-def stop_signals_blocked() -> bool:
-    """Keeps the stop signals for `wait_for_stop`. Call it before the first thread is made: threads inherit it."""
+def block_stop_signals() -> None:
+    """Keeps the stop signals for `follow`. Call it before the first thread is made: threads inherit it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    return True
 
 
 def follow(
@@ -87,7 +86,7 @@ def follow(
     take: Callable[[Records], object],
     clock: WallClock,
     duration_s: float | None = None,
-    extra: Mapping[Callable[[], object], float] | None = None,
+    finished: Callable[[], bool] = lambda: False,
 ) -> str:
     """Drains until a stop signal comes or the time is over; then stops the capture and drains what is left.
 
@@ -96,12 +95,12 @@ def follow(
         take: is given each batch of records.
         clock: is compared with the wall clock about once a second.
         duration_s: for how long; None: until a signal.
-        extra: further tasks, with their periods in seconds.
+        finished: asked after each drain; true ends it.
 
     Returns:
-        Why it ended: the signal's name, or "duration".
+        Why it ended: the signal's name, "duration" or "finished".
     """
-    began = time.monotonic()
+    began, reason = time.monotonic(), ""
     rhythm = Rhythm(began)
 
     def hand_over() -> None:
@@ -112,20 +111,24 @@ def follow(
     period = interim_period(capture.options.interval_s)
     rhythm.every(lambda: period, lambda: capture.interim(hand_over))
     rhythm.every(lambda: 1.0, clock.observe)
-    rhythm.every(lambda: RECONCILE_S if capture.dumped_alive else RECONCILE_IDLE_S, capture.reconcile)
+    rhythm.every(lambda: RECONCILE_S if capture.needs_reconciliation else RECONCILE_IDLE_S, capture.reconcile)
     rhythm.every(lambda: SWEEP_S, capture.sweep)
-    for task, seconds in (extra or {}).items():
-        rhythm.every(lambda seconds=seconds: seconds, task)  # type: ignore[misc]
     while True:
         sleep = HURRIED_DRAIN_S if capture.fill() > _HURRY else DRAIN_S
         received = signal.sigtimedwait(STOP_SIGNALS, sleep)
         hand_over()
         now = time.monotonic()
-        if received is not None or (duration_s is not None and now - began >= duration_s):
+        if received is not None:
+            reason = signal.Signals(received.si_signo).name
+        elif duration_s is not None and now - began >= duration_s:
+            reason = "duration"
+        elif finished():
+            reason = "finished"
+        if reason:
             break
         rhythm.run(now)
     capture.stop(hand_over)
-    return signal.Signals(received.si_signo).name if received is not None else "duration"
+    return reason
 
 
 def run(options: AgentOptions) -> None:
@@ -140,7 +143,7 @@ def run(options: AgentOptions) -> None:
 
     checks.demand(options.capture)
     began = time.monotonic()
-    stop_signals_blocked()
+    block_stop_signals()
     clock = WallClock()
     with Capture(options.capture) as capture:
         identity = Run.here(

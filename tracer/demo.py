@@ -5,10 +5,14 @@ as its own process) and how to show each backend's share. Says what the rows say
 reader and to `report`.
 """
 
+import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,13 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tracer.errors import TracerError
-from tracer.lab import scenario
+from tracer.lab import child, scenario
 from tracer.lab.cluster import Cluster
 from tracer.store import reader
 
 #: Reporting interval of the demo's agent: short, so that long connections show in a demo of seconds.
 INTERVAL_S = 1.0
 _READY_S, _STOP_S = 30.0, 30.0
+#: What is shown fits a terminal of this many columns.
+_WIDTH = 80
 _COLUMNS = (
     "ts",
     "conn_id",
@@ -37,7 +43,8 @@ _COLUMNS = (
     "result",
 )
 
-Progress = Callable[[str], None]
+#: Is told the stage (building, starting, tracing, stopping) and, again and again, how far it is.
+Progress = Callable[[str, str], None]
 
 
 @dataclass
@@ -72,11 +79,17 @@ class Result:
 
 @contextmanager
 def progress_line() -> Iterator[Progress]:
-    """A line on stderr that is written over, if that is a terminal; otherwise a line per message."""
+    """On a terminal one line on stderr that is written over; otherwise a line per stage."""
     terminal = sys.stderr.isatty()
+    said = ""
 
-    def show(message: str) -> None:
-        sys.stderr.write(f"\r\033[K{message}" if terminal else f"{message}\n")
+    def show(stage: str, detail: str) -> None:
+        nonlocal said
+        if terminal:
+            sys.stderr.write("\r\033[K" + f"{stage}: {detail}"[: _WIDTH - 1])
+        elif stage != said:
+            sys.stderr.write(f"{stage}: {detail}\n")
+        said = stage
         sys.stderr.flush()
 
     try:
@@ -88,21 +101,33 @@ def progress_line() -> Iterator[Progress]:
 
 
 @contextmanager
-def _agent(cluster: Cluster, output: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The real agent on the cluster's node, ready; stopped in good order at the end, killed if that fails."""
+def _agent(cluster: Cluster, output: Path) -> Iterator[None]:
+    """The real agent on the cluster's node, ready; stopped in good order at the end, killed if that fails.
+
+    The kernel kills it should this process be killed. A session of its own keeps the terminal's Ctrl-C from it: it
+    shall see the end of the connections that go down with the cluster, or at least publish what it has.
+    """
     ready = output / ".demo-ready"
     ready.unlink(missing_ok=True)
     pods = [*cluster.client_pods, *cluster.backend_pods]
+    root = str(Path(__file__).resolve().parent.parent)
     process = subprocess.Popen(
-        [
+        child.command(
+            *(os.getpid(), "/proc/self/ns/net"),
             *(sys.executable, "-m", "tracer", "agent", "--output", str(output), "--node", cluster.node.name),
             *("--netns", cluster.node.path, "--only-netns", cluster.node.path),
             *(part for pod in pods for part in ("--only-netns", pod.netns.path)),
             *("--interval", f"{INTERVAL_S}s", "--ready-file", str(ready)),
-        ],
+        ),
         stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent.parent)])},
+        # no VIP_TRACER_* of the user's; and never a module from the current directory
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("VIP_TRACER_")},
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            "PYTHONSAFEPATH": "1",
+        },
         start_new_session=True,
     )
     try:
@@ -110,21 +135,39 @@ def _agent(cluster: Cluster, output: Path) -> Iterator[subprocess.Popen[bytes]]:
         while not ready.exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
-                talk = process.communicate()[1].decode(errors="replace").strip()
-                raise TracerError(f"The agent did not become ready. It said:\n{talk}")
+                process.wait()
+                raise TracerError(f"The agent did not become ready. It said:\n{_said(process)}")
             time.sleep(0.02)
-        yield process
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=_STOP_S)
+        yield
+        _stop(process)
         if process.returncode != 0:
-            raise TracerError(
-                f"The agent ended with exit code {process.returncode}:\n{said.decode(errors='replace').strip()}"
-            )
+            raise TracerError(f"The agent ended with exit code {process.returncode}. It said:\n{_said(process)}")
     finally:
-        if process.poll() is None:
+        try:
+            _stop(process)
+        finally:
             process.kill()
-            process.communicate()
-        ready.unlink(missing_ok=True)
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
+            ready.unlink(missing_ok=True)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Has the agent write what it knows, and end; if it runs."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired as error:
+        raise TracerError(
+            f"The agent did not end within {_STOP_S:.0f} s: is the machine busy? It was killed."
+        ) from error
+
+
+def _said(process: subprocess.Popen[bytes]) -> str:
+    """What an ended agent said on stderr."""
+    assert process.stderr is not None
+    return process.stderr.read().decode(errors="replace").strip()
 
 
 def play(output: Path, *, seconds: float, cause: str, seed: int | None, progress: Progress) -> Result:
@@ -151,18 +194,18 @@ def play(output: Path, *, seconds: float, cause: str, seed: int | None, progress
             f"The directory {output} cannot be made ({error.strerror}): choose another with --output."
         ) from error
     began = time.time_ns()
-    progress("building a cluster: a node, six backend pods, three clients")
+    progress("building", "a cluster of one node, six backend pods and three client pods")
     with Cluster(backends=6, clients=3) as cluster:
-        progress("starting the agent")
+        progress("starting", "the agent")
         with _agent(cluster, output):
             truth = scenario.run(
                 cluster,
                 seconds,
-                progress=lambda share, what: progress(f"tracing: {share:4.0%}, {what}"),
+                progress=lambda share, what: progress("tracing", f"{share:4.0%}, {what}" if share else "connections"),
                 cause=cause,
                 seed=seed,
             )
-            progress("stopping the agent")
+            progress("stopping", "the agent")
         address, port = cluster.vip()
     result = Result(output, f"{address}:{port}", truth.seconds, truth.cause)
     result.shares = [
@@ -202,7 +245,7 @@ def render(result: Result) -> str:
     connections = sum(share.connections for share in result.shares)
     total = sum(share.bytes for share in result.shares)
     lines = [
-        f"Connections to {result.dialled} and where they really went, in {result.seconds:.0f} s ({result.rows} rows):",
+        f"Where connections to virtual addresses really went ({result.rows:,} rows in {result.seconds:.0f} s):",
         "",
         f"{'pod':8} {'backend':14} {'connections':>11} {'share':>6}   {'bytes':>11} {'share':>6}   {'long-lived':>11}",
     ]
@@ -213,21 +256,45 @@ def render(result: Result) -> str:
         )
     busiest = max(result.shares, key=lambda share: share.bytes)
     others = [share for share in result.shares if share is not busiest]
-    lines += [
-        "",
-        f"{busiest.pod} got {_ratio(busiest.bytes, [share.bytes for share in others])} times its peers' bytes, "
-        f"and {_ratio(busiest.connections, [share.connections for share in others])} times their connections; "
-        f"{_part(busiest.long_bytes, busiest.bytes)} of its bytes came over connections older than {INTERVAL_S:.0f} s, "
-        f"{_part(busiest.other_bytes, busiest.bytes)} through another virtual address.",
+    sentences = [
+        f"{busiest.pod} got {_ratio(busiest.bytes, [share.bytes for share in others])} times its peers' mean of bytes, "
+        f"and {_ratio(busiest.connections, [share.connections for share in others])} times that of connections. "
+        f"Of its bytes {_part(busiest.long_bytes, busiest.bytes)} came over long-lived connections (those older than "
+        f"{INTERVAL_S:.0f} s), and {_part(busiest.other_bytes, busiest.bytes)} through another virtual address than "
+        f"{result.dialled}.",
         f"What was arranged: {_CAUSES[result.cause]}",
         "The backends counted the same bytes themselves: " + ("yes, to the byte." if result.agrees else "NO."),
-        "",
-        f"The rows are in {result.output}/connections, for example:",
-        f"  vip-tracer observe {result.output} -n 5",
-        f"""  python -c "import pandas; print(pandas.read_parquet('{result.output}/connections')"""
-        """.groupby(['dst_ip','backend_ip'], observed=True).bytes_sent.sum())\"""",
     ]
+    lines += ["", *(line for sentence in sentences for line in textwrap.wrap(sentence, _WIDTH - 1)), ""]
+    lines += [f"The rows are in {result.output}/connections, for example:", *(f"  {line}" for line in _next(result))]
     return "\n".join(lines)
+
+
+def _next(result: Result) -> list[str]:
+    """Commands that go on from here, as they can be typed in this directory."""
+    rows = json.dumps(f"{result.output}/connections", ensure_ascii=False)
+    script = (
+        f'import pandas; print(pandas.read_parquet({rows}).groupby(["dst_ip", "backend_ip"], observed=True)'
+        '[["bytes_sent", "bytes_received"]].sum())'
+    )
+    return [
+        shlex.join([*_typed("vip-tracer"), "observe", str(result.output), "-n", "5"]),
+        shlex.join([*_typed("python"), "-c", script]),
+    ]
+
+
+def _typed(program: str) -> list[str]:
+    """How a program of this very environment is called: by its name if PATH leads there, otherwise by its path."""
+    home = Path(sys.executable).parent
+    found = shutil.which(program)
+    if found is not None and Path(found).parent == home:
+        return [program]
+    path, here = home / program, Path.cwd()
+    if not path.exists():
+        return [sys.executable] if program == "python" else [sys.executable, "-m", "tracer"]
+    if here in path.parents and here != home and here != Path(here.anchor):
+        return [str(path.relative_to(here))]
+    return [str(path)]
 
 
 _CAUSES = {

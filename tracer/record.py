@@ -151,3 +151,4 @@ class Counter(enum.IntEnum):
     IGNORED_PROTOCOL = 17
     MALFORMED_EVENTS = 18
     STALE_DESTROY = 19
+    KEPT = 20

@@ -276,6 +276,7 @@ COVERAGE: tuple[Column, ...] = (
     _count("ignored_protocol", "connection tracking events of protocols that are not traced", "event"),
     _count("malformed_events", "connection tracking events whose layout was not understood", "event"),
     _count("stale_destroy", "ends of connection tracking entries that were not, or no longer, known", "event"),
+    _count("kept", "entries that connection tracking dropped at once (the peer refused), kept for the socket", "event"),
     _count("enobufs", "times the kernel could not deliver connection tracking events", "event"),
     _null("open_connections", pa.uint64(), "connections open at ts (a gauge)", unit="connection"),
     _null("translations", pa.uint64(), "translations known at ts (a gauge)", unit="translation"),

@@ -15,6 +15,8 @@ from tracer.lab.netns import wait_until
 from tracer.lab.topology import Conntrack
 from tracer.lab.traffic import addresses
 
+pytestmark = pytest.mark.needs("netns", "iptables")
+
 ENTRY = re.compile(
     r"^tcp .* src=(?P<client>\S+) dst=(?P<vip>\S+) sport=(?P<port>\d+) dport=(?P<vip_port>\d+)"
     r".* src=(?P<backend>\S+) dst=(?P<snat>\S+) sport=(?P<backend_port>\d+) dport=(?P<snat_port>\d+)"
@@ -83,7 +85,7 @@ def test_the_node_itself_reaches_the_service_masqueraded(any_backend: Cluster) -
 
 @pytest.mark.parametrize("backend", ["nft", "legacy"])
 @pytest.mark.parametrize("families", ["ipv6", "dual"])
-def test_ipv6_likewise(netns: None, backend: str, families: str) -> None:
+def test_ipv6_likewise(backend: str, families: str) -> None:
     with Cluster(backends=2, clients=1, families=families, iptables=backend) as cluster:
         for family in cluster.families:
             made = cluster.clients[0].connect_many(100, cluster.vip(family=family))
@@ -138,7 +140,7 @@ def test_a_second_service_has_its_own_address_and_port(cluster: Cluster) -> None
 
 
 @pytest.fixture(scope="module")
-def short(netns: None) -> Iterator[Cluster]:
+def short() -> Iterator[Cluster]:
     timeouts = Conntrack(accounting=False, timestamps=True, timeouts=Conntrack.SHORT)
     with Cluster(backends=1, clients=1, conntrack=timeouts) as made:
         yield made

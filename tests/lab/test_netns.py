@@ -10,7 +10,7 @@ import pytest
 from tracer.errors import TracerError
 from tracer.lab.netns import Namespace, open_all, wait_until
 
-pytestmark = pytest.mark.usefixtures("netns")
+pytestmark = pytest.mark.needs("netns", "iptables")
 
 
 def test_each_namespace_is_its_own_and_not_ours() -> None:

@@ -61,8 +61,9 @@ def test_the_order_within_each_chain_is_kube_proxys() -> None:
         assert [r for r in ours if r.split()[1] == chain] == [r for r in theirs if r.split()[1] == chain], chain
 
 
+@pytest.mark.needs("netns", "iptables")
 @pytest.mark.parametrize("backend", ["nft", "legacy"])
-def test_the_kernel_gives_back_what_kube_proxy_had(netns: None, backend: str) -> None:
+def test_the_kernel_gives_back_what_kube_proxy_had(backend: str) -> None:
     with Namespace("node") as node:
         loader = Loader(node, CIDR, backend)
         loader.load([HTTP, ECHO, NONE])
@@ -70,8 +71,9 @@ def test_the_kernel_gives_back_what_kube_proxy_had(netns: None, backend: str) ->
         assert {" ".join(shlex.split(line)) for line in sample()} <= ours
 
 
+@pytest.mark.needs("netns", "iptables")
 @pytest.mark.parametrize("backend", ["nft", "legacy"])
-def test_a_change_removes_what_is_stale_and_nothing_else(netns: None, backend: str) -> None:
+def test_a_change_removes_what_is_stale_and_nothing_else(backend: str) -> None:
     with Namespace("node") as node:
         loader = Loader(node, CIDR, backend)
         loader.load([HTTP, ECHO])

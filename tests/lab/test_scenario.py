@@ -6,7 +6,7 @@ from tracer.errors import UsageError
 from tracer.lab import scenario
 from tracer.lab.cluster import Cluster
 
-pytestmark = pytest.mark.usefixtures("netns")
+pytestmark = pytest.mark.needs("netns", "iptables")
 
 
 @pytest.mark.parametrize("cause", scenario.CAUSES)

@@ -13,9 +13,11 @@ from tracer.lab import wire
 from tracer.lab.cluster import Cluster
 from tracer.lab.traffic import LEDGER, Ledger, addresses
 
+pytestmark = pytest.mark.needs("netns", "iptables")
+
 
 @pytest.fixture
-def pair(netns: None) -> Iterator[Cluster]:
+def pair() -> Iterator[Cluster]:
     with Cluster(backends=1, clients=1) as cluster:
         yield cluster
 
@@ -61,7 +63,7 @@ def test_times_are_in_order_and_the_process_is_named(cluster: Cluster) -> None:
         assert file.read() == "lab-client\n"
 
 
-def test_twenty_thousand_connections_have_twenty_thousand_ports(netns: None) -> None:
+def test_twenty_thousand_connections_have_twenty_thousand_ports() -> None:
     with Cluster(backends=3, clients=1) as cluster:
         rows = cluster.clients[0].connect_many(20_000, cluster.vip())
         assert not rows["errno"].any()

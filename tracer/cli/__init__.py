@@ -4,6 +4,7 @@ Knows options, exit codes and where output goes (stdout is data, stderr is talk)
 runs.
 """
 
+import io
 import logging
 import os
 import sys
@@ -15,11 +16,12 @@ from tracer import __version__
 from tracer.cli.agent import agent
 from tracer.cli.demo import demo
 from tracer.cli.doctor import doctor
+from tracer.cli.lines import printable
 from tracer.cli.observe import observe
 from tracer.cli.schema import schema
 from tracer.errors import NoDataError, TracerError, UsageError
 
-EXIT_FAILED, EXIT_USAGE, EXIT_NO_DATA = 1, 2, 3
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 class _Commands(click.Group):
@@ -30,24 +32,36 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except TracerError as error:
             code = EXIT_NO_DATA if isinstance(error, NoDataError) else EXIT_FAILED
-            code = EXIT_USAGE if isinstance(error, UsageError) else code
-            click.echo(f"vip-tracer: {error}", err=True)
-            ctx.exit(code)
+            _end(ctx, str(error), EXIT_USAGE if isinstance(error, UsageError) else code)
         except BrokenPipeError:  # the reader of our output has seen enough (| head)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
+        except OSError as error:  # the machine's refusal where no module expected one: no space left for stdout, say
+            where = f" ({error.filename})" if error.filename else ""
+            _end(ctx, f"{error.strerror or error}{where}: the command could not go on.", EXIT_FAILED)
+        except KeyboardInterrupt:
+            _end(ctx, "Interrupted.", EXIT_INTERRUPTED)
+
+
+def _end(ctx: click.Context, sentence: str, code: int) -> None:
+    """Says why, in characters that leave a terminal alone: a sentence may quote names that others chose."""
+    click.echo("\n".join(map(printable, f"vip-tracer: {sentence}".split("\n"))), err=True)
+    ctx.exit(code)
 
 
 @click.group(
     cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "VIP_TRACER"}
 )
-@click.version_option(__version__, prog_name="vip-tracer")
+@click.version_option(__version__, prog_name="vip-tracer", allow_from_autoenv=False)
 def main() -> None:
     """Which pod did each connection to a virtual IP really go to, and why is the load uneven?
 
     Options are also environment variables, such as VIP_TRACER_AGENT_OUTPUT. Exit codes: 0 done, 1 failed, 2 usage, 3
     no data.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without arrows gets them spelled out, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from tracer.cli.options import DURATION, SIZE, capture_from, capture_options
+from tracer.cli.options import capture_from, capture_options, duration, node_name, size
+from tracer.cli.signals import hold
 
 
 @click.command()
@@ -14,15 +15,21 @@ from tracer.cli.options import DURATION, SIZE, capture_from, capture_options
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="The dataset's directory."
 )
 @click.option(
-    "--node", default=socket.gethostname, show_default="host name", help="What the node is called in the rows."
+    "--node",
+    type=node_name,
+    metavar="NAME",
+    default=socket.gethostname,
+    show_default="host name",
+    help="What the node is called in the rows.",
 )
-@click.option("--rotate", type=DURATION, default="5m", show_default=True, help="Publish a file at least this often.")
-@click.option("--rotate-bytes", type=SIZE, default="64MiB", show_default=True, help="Publish a file of this size.")
+@click.option("--rotate", type=duration, default="5m", show_default=True, help="Publish a file at least this often.")
+@click.option("--rotate-bytes", type=size, default="64MiB", show_default=True, help="Publish a file of this size.")
 @click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Write this file once tracing.")
-@click.option("--duration", type=DURATION, help="Stop by itself after so long.")
+@click.option("--duration", type=duration, help="Stop by itself after so long.")
 @capture_options
 def agent(**values: Any) -> None:
     """Trace this node's connections into Parquet files until SIGTERM or Ctrl-C."""
+    hold()
     from tracer.agent import AgentOptions, run
 
     capture = capture_from(values)

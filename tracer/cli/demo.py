@@ -4,7 +4,10 @@ from pathlib import Path
 
 import click
 
-from tracer.cli.options import DURATION
+from tracer.cli.options import duration as length
+
+#: Those of tracer/lab/scenario.py, written down here because --help shall not load NumPy; a test compares.
+CAUSES = ("random", "long-lived", "second-service", "flapping", "none")
 
 
 @click.command()
@@ -15,9 +18,14 @@ from tracer.cli.options import DURATION
     show_default=True,
     help="Where the dataset goes; a run adds to it.",
 )
-@click.option("--duration", type=DURATION, default="8s", show_default=True, help="How long the traffic lasts.")
-@click.option("--cause", default="random", show_default=True,
-              help="The hidden cause: long-lived, second-service, flapping, none, or random.")  # fmt: skip
+@click.option("--duration", type=length, default="8s", show_default=True, help="How long the traffic lasts.")
+@click.option(
+    "--cause",
+    type=click.Choice(CAUSES),
+    default="random",
+    show_default=True,
+    help="The hidden cause; random is any but none.",
+)
 @click.option("--seed", type=int, help="Make the random choices repeatable.")
 def demo(output: Path, duration: float, cause: str, seed: int | None) -> None:
     """Build a miniature cluster, make one pod busier than its peers, and trace it.

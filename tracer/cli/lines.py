@@ -1,7 +1,7 @@
 """Rows as lines for people: what `observe` prints.
 
-Knows how a connection is written on one line. Addresses and names come from the network and from processes, and were
-made printable when the row was made (tracer/store/columns.py).
+Knows how a connection is written on one line. Names come from processes, from a cluster, or from whoever wrote the
+dataset: nothing of them that drives a terminal, or breaks a line, is let through in any format.
 """
 
 import csv
@@ -17,6 +17,13 @@ Row = dict[str, Any]
 FORMATS = ("table", "wide", "json", "csv")
 
 
+def printable(text: str) -> str:
+    """The text with all that is not printable (controls, escapes, bidi marks, newlines) spelled as \\x1b or \\u202e."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def bytes_text(count: int | None) -> str:
     """A count of bytes in at most six characters: 999B, 1.2kB, 34MB (powers of ten); - for unknown."""
     if count is None:
@@ -30,14 +37,15 @@ def bytes_text(count: int | None) -> str:
 
 
 def time_text(microseconds: int | None) -> str:
-    """A duration in at most six characters: 85µs, 1.2ms, 34s, 12m; - for unknown."""
+    """A duration in at most six characters: 85µs, 1.2ms, 34s, 12m, 1.5h (up to eleven years); - for unknown."""
     if microseconds is None:
         return "-"
     for limit, unit, scale in ((1e3, "µs", 1), (1e6, "ms", 1e3), (6e7, "s", 1e6), (3.6e9, "m", 6e7)):
         if microseconds < limit:
             value = microseconds / scale
             return f"{value:.0f}{unit}" if scale == 1 or value >= 9.95 else f"{value:.1f}{unit}"
-    return f"{microseconds / 3.6e9:.1f}h"
+    hours = microseconds / 3.6e9
+    return f"{hours:.0f}h" if hours >= 9.95 else f"{hours:.1f}h"
 
 
 def endpoint_text(address: str | None, port: int | None) -> str:
@@ -88,25 +96,31 @@ def line(row: Row, wide: bool = False) -> str:
             f"conn {row['conn_id']:x}",
             f"ct {row['ct_id'] if row['ct_id'] is not None else '-'}",
         ]
-    return "  ".join(parts)
+    return printable("  ".join(parts))
 
 
 def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime) else value
 
 
+def _cell(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else _plain(value)
+
+
 def render(rows: Iterable[Row], form: str, header: bool = True) -> Iterator[str]:
     """Rows as lines in one of FORMATS; csv begins with a header line unless told otherwise."""
     for number, row in enumerate(rows):
         if form == "json":
-            yield json.dumps({name: _plain(value) for name, value in row.items()}, ensure_ascii=False)
+            yield json.dumps(
+                {name: _plain(value) for name, value in row.items()}
+            )  # pure ASCII: exact for a program, harmless to a terminal
         elif form == "csv":
             out = io.StringIO()
             writer = csv.writer(out, lineterminator="")
             if header and number == 0:
                 writer.writerow(row)
                 out.write("\n")
-            writer.writerow([_plain(value) for value in row.values()])
+            writer.writerow([_cell(value) for value in row.values()])
             yield out.getvalue()
         else:
             yield line(row, form == "wide")

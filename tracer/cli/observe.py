@@ -1,5 +1,7 @@
 """``vip-tracer observe``: connections as they end (and, the long ones, as they last), a line each."""
 
+import select
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +9,13 @@ from typing import Any
 
 import click
 
+from tracer.cli import options
 from tracer.cli.lines import FORMATS, Row, render
-from tracer.cli.options import DURATION, capture_from, capture_options
+from tracer.cli.signals import hold
 from tracer.errors import NoDataError, UsageError
+
+#: Rows that become Python objects at once.
+_SLICE = 1024
 
 
 @click.command()
@@ -17,8 +23,8 @@ from tracer.errors import NoDataError, UsageError
 @click.option("-f", "--follow", is_flag=True, help="Of a dataset: go on with the files that are published meanwhile.")
 @click.option("-o", "--output-format", type=click.Choice(FORMATS), default="table", show_default=True)
 @click.option("-n", "--limit", type=click.IntRange(min=1), help="Stop after so many rows.")
-@click.option("--duration", type=DURATION, help="Stop after so long.")
-@capture_options
+@click.option("--duration", type=options.duration, help="Stop after so long.")
+@options.capture_options
 def observe(
     dataset: Path | None, follow: bool, output_format: str, limit: int | None, duration: float | None, **values: Any
 ) -> None:
@@ -29,66 +35,98 @@ def observe(
     """
     printer = _Printer(output_format, limit)
     if dataset is not None:
-        for rows in _from_dataset(dataset, follow, None if duration is None else time.monotonic() + duration):
-            if printer.done(rows):
-                return
-        return
-    if follow:
+        _from_dataset(printer, dataset, follow, duration)
+    elif follow:
         raise UsageError("--follow goes with a dataset's directory; without one, observe is live already.")
-    _live(printer, duration, values)
+    else:
+        _live(printer, duration, values)
 
 
 class _Printer:
     def __init__(self, form: str, limit: int | None) -> None:
         self._form, self._left, self._header = form, limit, True
 
-    def done(self, rows: list[Row]) -> bool:
-        """Prints rows; true once the limit is reached."""
+    def show(self, rows: list[Row]) -> None:
+        """Prints rows, up to the limit."""
         chosen = rows if self._left is None else rows[: self._left]
         for text in render(chosen, self._form, self._header):
             click.echo(text)
         self._header &= not chosen
         if self._left is not None:
             self._left -= len(chosen)
-        return self._left == 0
+
+    def finished(self) -> bool:
+        """Whether nothing more is wanted: the limit is reached, or nobody reads our output any more (| head)."""
+        return self._left == 0 or _nobody_reads()
 
 
-def _from_dataset(root: Path, follow: bool, deadline: float | None) -> Iterator[list[Row]]:
+def _nobody_reads() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # not a file at all
+        return False
+
+
+def _from_dataset(printer: _Printer, root: Path, follow: bool, seconds: float | None) -> None:
+    deadline = None if seconds is None else time.monotonic() + seconds
+    seen: set[Path] = set()
+    try:
+        while True:
+            for rows in _unseen(root, seen, follow):
+                printer.show(rows)
+                if printer.finished() or (deadline is not None and time.monotonic() >= deadline):
+                    return
+            if not follow or printer.finished() or (deadline is not None and time.monotonic() >= deadline):
+                return
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        if not follow:  # which has no other end
+            raise
+
+
+def _unseen(root: Path, seen: set[Path], patient: bool) -> Iterator[list[Row]]:
+    """Rows of the files that are not among `seen`, which grows. Without any file: an error, unless `patient`."""
     from tracer.store import reader
 
-    seen: set[Path] = set()
-    while True:
-        try:
-            files = [path for path in reader.files(root) if path not in seen]
-        except NoDataError:
-            if not follow:
-                raise
-            files = []
-        for path in files:
-            seen.add(path)
-            for batch in reader.batches(path):
-                yield batch.to_pylist()
-        if not follow or (deadline is not None and time.monotonic() >= deadline):
-            return
-        time.sleep(0.5)
+    try:
+        files = [path for path in reader.files(root) if path not in seen]
+    except NoDataError:
+        if not patient:
+            raise
+        files = []
+    for path in files:
+        seen.add(path)
+        if not path.exists():  # compacted or expired since it was listed
+            continue
+        for batch in reader.batches(path):
+            for start in range(0, batch.num_rows, _SLICE):
+                yield batch.slice(start, _SLICE).to_pylist()
 
 
-def _live(printer: _Printer, duration: float | None, values: dict[str, Any]) -> None:
+def _live(printer: _Printer, seconds: float | None, values: dict[str, Any]) -> None:
+    hold()
     import socket
 
-    from tracer.agent import follow, stop_signals_blocked
+    from tracer.agent import follow
     from tracer.clock import WallClock
     from tracer.kernel import checks
     from tracer.kernel.capture import Capture
     from tracer.store.columns import table
 
-    options = capture_from(values)
-    checks.demand(options)
-    stop_signals_blocked()
+    captured = options.capture_from(values)
+    checks.demand(captured)
     clock, node = WallClock(), socket.gethostname()
-    with Capture(options) as capture:
+    with Capture(captured) as capture:
         click.echo("observing: a line per connection when it ends; Ctrl-C stops", err=True)
-        follow(capture, lambda records: printer.done(table(records, node, clock).to_pylist()), clock, duration)
+        follow(
+            capture,
+            lambda records: printer.show(table(records, node, clock).to_pylist()),
+            clock,
+            seconds,
+            finished=printer.finished,
+        )
         losses = {name: count for name, count in capture.counters().items() if name.startswith("lost_") and count}
         if losses:
             click.echo("lost: " + ", ".join(f"{name} {count}" for name, count in losses.items()), err=True)

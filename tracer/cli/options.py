@@ -1,52 +1,59 @@
 """Options that several commands share."""
 
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from tracer.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LARGEST_SIZE, _LARGEST_RING = 1 << 50, 1 << 30
 
 
-class Duration(click.ParamType[float]):
-    """Seconds, written as 500ms, 30s, 5m or 1h."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds as a float, at least a tenth of one."""
-        if isinstance(value, float | int):
-            return float(value)
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|)", str(value).strip())
-        if not match:
-            self.fail(f"{value!r} is no duration: write it as 500ms, 30s, 5m or 1h.", param, ctx)
-        seconds = float(match[1]) * _UNITS[match[2]]
-        if not 0.1 <= seconds <= 1e7:
-            self.fail(f"{value!r} is out of range: from 100ms to 2777h.", param, ctx)
-        return seconds
+# Functions rather than subclasses of click.ParamType: that is generic in click 8.4 and not before.
+def duration(text: str) -> float:
+    """Seconds, from 500ms, 30s, 5m or 1h; a tenth of a second to 2777 hours."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|)", str(text).strip())
+    if not match:
+        raise click.BadParameter(f"{text!r} is no duration: write it as 500ms, 30s, 5m or 1h.")
+    seconds = float(match[1]) * _UNITS[match[2]]
+    if not 0.1 <= seconds <= 1e7:
+        raise click.BadParameter(f"{text!r} is out of range: from 100ms to 2777h.")
+    return seconds
 
 
-class Size(click.ParamType[int]):
-    """Bytes, written as 64MiB, 1GiB or a plain number."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes as an int, at least 1."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d{1,15})([A-Za-z]*)", str(value).strip())
-        if not match or match[2] not in _SIZES or not int(match[1]):
-            self.fail(f"{value!r} is no size: write it as 65536, 512KiB, 64MiB or 1GiB.", param, ctx)
-        return int(match[1]) * _SIZES[match[2]]
+def size(text: str) -> int:
+    """Bytes, from 64MiB, 1GiB or a plain number; 1 to 2^50."""
+    match = re.fullmatch(r"([0-9]{1,16})([A-Za-z]*)", str(text).strip())
+    if not match or match[2] not in _SIZES:
+        raise click.BadParameter(f"{text!r} is no size: write it as 65536, 512KiB, 64MiB or 1GiB.")
+    count = int(match[1]) * _SIZES[match[2]]
+    if not 1 <= count <= _LARGEST_SIZE:
+        raise click.BadParameter(f"{text!r} is out of range: from 1 to {_LARGEST_SIZE >> 30}GiB.")
+    return count
 
 
-DURATION, SIZE = Duration(), Size()
+def ring_size(text: str) -> int:
+    """Bytes of a ring buffer: a power of two, from one page to a gibibyte."""
+    count, page = size(text), os.sysconf("SC_PAGESIZE")
+    if count & (count - 1) or not page <= count <= _LARGEST_RING:
+        raise click.BadParameter(
+            f"{text!r} is no ring size: it is a power of two from {page >> 10}KiB to {_LARGEST_RING >> 30}GiB."
+        )
+    return count
+
+
+def node_name(text: str) -> str:
+    """A node's name: printable, so that it can stand in rows, file names and messages."""
+    if not text.strip() or not text.isprintable():
+        raise click.BadParameter(f"{text!r} is no node name: it must be printable text, such as the host's name.")
+    return text
 
 
 def capture_options(command: F) -> F:
@@ -58,13 +65,13 @@ def capture_options(command: F) -> F:
             click.option("--ignore-netns", metavar="PATH", multiple=True, help="Leave out these namespaces' sockets."),
             click.option("--loopback/--no-loopback", default=False, help="Also connections from loopback to loopback."),
             click.option(
-                "--interval", type=DURATION, default="60s", show_default=True, help="A row per connection this often."
+                "--interval", type=duration, default="60s", show_default=True, help="A row per connection this often."
             ),
             click.option("--max-connections", type=click.IntRange(1, 1 << 24), default=65_536, show_default=True,
                          help="Room for open connections (312 bytes of kernel memory each)."),
             click.option("--max-translations", type=click.IntRange(1, 1 << 24), default=131_072, show_default=True,
                          help="Room for conntrack entries (176 bytes of kernel memory each)."),
-            click.option("--ring-bytes", type=SIZE, default="4MiB", show_default=True,
+            click.option("--ring-bytes", type=ring_size, metavar="SIZE", default="4MiB", show_default=True,
                          help="The ring buffer: a power of two; 208 bytes a record."),
         )
     ):  # fmt: skip
@@ -73,7 +80,13 @@ def capture_options(command: F) -> F:
 
 
 def capture_from(values: dict[str, Any]) -> Any:
-    """Takes the options of `capture_options` out of a command's parameters: `tracer.kernel.capture.Options`."""
+    """Takes the options of `capture_options` out of a command's parameters: `tracer.kernel.capture.Options`.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    if values["only_netns"] and values["ignore_netns"]:
+        raise UsageError("Namespaces can be chosen (--only-netns) or left out (--ignore-netns), not both at once.")
     from tracer.kernel.capture import Options
     from tracer.kernel.maps import Sizes
     from tracer.kernel.netns import OWN
@@ -91,8 +104,3 @@ def capture_from(values: dict[str, Any]) -> Any:
         loopback=values.pop("loopback"),
         sizes=sizes,
     )
-
-
-def directory(value: str) -> Path:
-    """A path given by the user, with ~ expanded."""
-    return Path(value).expanduser()

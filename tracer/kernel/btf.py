@@ -26,7 +26,6 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("sock_common", "skc_v6_rcv_saddr"),
     ("sock", "sk_err"),
     ("sock_common", "skc_flags"),
-    ("sock", "sk_protocol"),
     ("inet_sock", "inet_sport"),
     ("tcp_sock", "bytes_sent"),
     ("tcp_sock", "bytes_retrans"),
@@ -38,13 +37,14 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("net", "ns"),
     ("ns_common", "inum"),
 )
-#: Fields of sock_common that are read in one piece, and their sizes.
-_HEAD = {"skc_daddr": 4, "skc_rcv_saddr": 4, "skc_dport": 2, "skc_num": 2, "skc_family": 2}
-#: What the programs keep of a socket's head on their 512 bytes of stack.
-_HEAD_MAX = 64
-
 _KIND_STRUCT, _KIND_UNION, _KIND_ENUM = 4, 5, 6
 _KINDS_NAMED = {8, 9, 10, 11}  # typedef, volatile, const, restrict
+#: Types nest less deeply than this in any kernel; broken ones may go round in a circle.
+_DEEPEST = 32
+
+
+def _broken(path: Path) -> TracerError:
+    return TracerError(f"The kernel's type information {path} contradicts itself: see 'vip-tracer doctor'.")
 
 
 class _Btf:
@@ -62,6 +62,7 @@ class _Btf:
         lib.libbpf_get_error.argtypes = [ctypes.c_void_p]
         lib.libbpf_get_error.restype = ctypes.c_long
         self._lib = lib
+        self._path = path
         self._btf = lib.btf__parse(str(path).encode(), None)
         if not self._btf or lib.libbpf_get_error(self._btf):
             self._btf = None
@@ -78,8 +79,19 @@ class _Btf:
     def _type(self, type_id: int) -> tuple[int, int, int, int]:
         """(address, kind, number of members, size or referenced type)"""
         address = self._lib.btf__type_by_id(self._btf, type_id)
+        if not address:
+            raise _broken(self._path)
         _, info, size = struct.unpack("<III", ctypes.string_at(address, 12))
         return address, info >> 24 & 0x1F, info & 0xFFFF, size
+
+    def _behind_typedefs(self, type_id: int) -> tuple[int, int]:
+        """(type, kind) behind typedefs and qualifiers."""
+        for _ in range(_DEEPEST):
+            _, kind, _, inner = self._type(type_id)
+            if kind not in _KINDS_NAMED:
+                return type_id, kind
+            type_id = inner
+        raise _broken(self._path)
 
     def find(self, name: str, kind: int) -> int | None:
         type_id = self._lib.btf__find_by_name_kind(self._btf, name.encode(), kind)
@@ -90,22 +102,21 @@ class _Btf:
         address, _, count, _ = self._type(type_id)
         raw = ctypes.string_at(address + 12, 12 * count)
         for name, member, offset in struct.iter_unpack("<III", raw):
-            text = (self._lib.btf__name_by_offset(self._btf, name) or b"").decode()
+            text = (self._lib.btf__name_by_offset(self._btf, name) or b"").decode(errors="replace")
             yield text, member, (offset & 0xFFFFFF) // 8
 
-    def offset(self, type_id: int, field: str) -> int | None:
+    def offset(self, type_id: int, field: str, depth: int = 0) -> int | None:
         """Byte offset of a field, also inside anonymous structs and unions; None if there is none."""
+        if depth > _DEEPEST:
+            raise _broken(self._path)
         for name, member, offset in self._members(type_id):
             if name == field:
                 return offset
             if name:
                 continue
-            _, kind, _, inner = self._type(member)
-            while kind in _KINDS_NAMED:
-                member = inner
-                _, kind, _, inner = self._type(member)
+            inner, kind = self._behind_typedefs(member)
             if kind in (_KIND_STRUCT, _KIND_UNION):
-                found = self.offset(member, field)
+                found = self.offset(inner, field, depth + 1)
                 if found is not None:
                     return offset + found
         return None
@@ -119,7 +130,7 @@ class _Btf:
 
 
 def defines(path: Path = VMLINUX) -> dict[str, int]:
-    """The C constants that describe this kernel: OFFSET_*, SOCKET_HEAD_SIZE, SOCK_DONE.
+    """The C constants that describe this kernel: OFFSET_* and SOCK_DONE.
 
     Raises:
         TracerError: no BTF, or a field that the programs read is not in this kernel.
@@ -143,10 +154,4 @@ def defines(path: Path = VMLINUX) -> dict[str, int]:
         constants["SOCK_DONE"] = done
     finally:
         btf.close()
-    head = max(constants[f"OFFSET_sock_common__{field}"] + size for field, size in _HEAD.items())
-    if head > _HEAD_MAX:
-        raise TracerError(
-            f"The addresses of 'struct sock_common' lie {head} bytes deep in this kernel, not {_HEAD_MAX}."
-        )
-    constants["SOCKET_HEAD_SIZE"] = (head + 7) // 8 * 8
     return constants

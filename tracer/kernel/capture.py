@@ -41,6 +41,10 @@ from tracer.record import RECORD, TUPLE, NatSource
 LOADER_TIMEOUT_S = 120
 
 
+#: A key of the connections map: a socket's address.
+_SOCKET = np.dtype("<u8")
+
+
 @dataclass(frozen=True)
 class Options:
     """What is captured. Namespaces are given by path."""
@@ -69,8 +73,7 @@ class Capture:
         """
         self.options = options
         self.enobufs = 0
-        #: Whether the translations map still holds entries that conntrack made before we listened.
-        self.dumped_alive = False
+        self._dumped_alive, self._kept = False, 0
         self._dump_malformed = self._dump_lost = self._lost_end = 0
         self._filter = self._netns_filter()
         with contextlib.ExitStack() as undo:
@@ -189,11 +192,15 @@ class Capture:
     def programs(self) -> tuple[str, ...]:
         """What is attached, in the words of bpf/tracer.c."""
         return (
-            "raw_tracepoint/inet_sock_set_state",
-            "raw_tracepoint/tcp_destroy_sock",
+            "tp_btf/inet_sock_set_state",
+            "tp_btf/tcp_destroy_sock",
             "socket_filter/ctnetlink",
             "iter/tcp",
         )
+
+    def program_descriptors(self) -> dict[str, int]:
+        """Programs that run with the traffic, by name."""
+        return {name[: -len("_program")]: fd for name, fd in self._descriptors.items() if name.endswith("_program")}
 
     def counters(self) -> dict[str, int]:
         """Totals since the start, by counter name."""
@@ -202,16 +209,13 @@ class Capture:
         totals["enobufs"] = self.enobufs
         totals["lost_translation_map"] += self._dump_lost
         totals["lost_end"] += self._lost_end
-        totals["missed_runs"] = sum(
-            libbpf.recursion_misses(self._descriptors[f"{name}_program"])
-            for name in ("socket_state", "socket_destroyed")
-        )
+        totals["missed_runs"] = sum(map(libbpf.recursion_misses, self.program_descriptors().values()))
         totals["malformed_events"] += self._dump_malformed
         return totals
 
     def totals(self) -> dict[str, int]:
         """`counters`, and the levels `open_connections` and `translations` (reads both maps: for coverage)."""
-        open_now = libbpf.map_count(self.maps.connections, np.dtype("<u8"), CONNECTION)
+        open_now = libbpf.map_count(self.maps.connections, _SOCKET, CONNECTION)
         known = libbpf.map_count(self.maps.translations, TUPLE, TRANSLATION)
         return self.counters() | {"open_connections": open_now, "translations": known}
 
@@ -258,12 +262,12 @@ class Capture:
         """
         began = _boot_ns()
         walked = self._walk(MODE_INTERIM)
-        for sockets, connections in libbpf.map_batches(self.maps.connections, np.dtype("<u8"), CONNECTION):
+        for sockets, connections in libbpf.map_batches(self.maps.connections, _SOCKET, CONNECTION):
             row = connections["row"]
             born = np.maximum(row["ts"], connections["visited"])
             gone = (born < began) & np.isin(row["netns"], list(walked))
-            for socket_pointer, conn_id in zip(sockets[gone], row["conn_id"][gone], strict=True):
-                self._forget(socket_pointer.tobytes(), conn_id)
+            for key, conn_id in zip(_elements(sockets[gone], _SOCKET), row["conn_id"][gone], strict=True):
+                self._forget(key, conn_id)
 
     def _forget(self, key: bytes, conn_id: int) -> None:
         raw = libbpf.map_lookup(self.maps.connections, key, CONNECTION.itemsize)
@@ -298,20 +302,31 @@ class Capture:
         keys, values = self._translations()
         known = _identity(keys, values["ct_id"])
         listed = _identity(entries["key"], entries["value"]["ct_id"])
-        for entry in entries[~np.isin(listed, known)]:
-            refused = libbpf.map_update(
-                self.maps.translations, entry["key"].tobytes(), entry["value"].tobytes(), libbpf.BPF_NOEXIST
-            )
+        missing = entries[~np.isin(listed, known)]
+        for key, value in zip(_elements(missing["key"], TUPLE), _elements(missing["value"], TRANSLATION), strict=True):
+            refused = libbpf.map_update(self.maps.translations, key, value, libbpf.BPF_NOEXIST)
             self._dump_lost += refused == errno.E2BIG
         gone = ~np.isin(known, listed) & (values["created"] <= began)
-        for key, ct_id in zip(keys[gone], values["ct_id"][gone], strict=True):
-            raw = libbpf.map_lookup(self.maps.translations, key.tobytes(), TRANSLATION.itemsize)
+        for key, ct_id in zip(_elements(keys[gone], TUPLE), values["ct_id"][gone], strict=True):
+            raw = libbpf.map_lookup(self.maps.translations, key, TRANSLATION.itemsize)
             if raw and np.frombuffer(raw, TRANSLATION)["ct_id"][0] == ct_id:
-                libbpf.map_delete(self.maps.translations, key.tobytes())
-        self.dumped_alive = bool(np.any(self._translations()[1]["source"] == NatSource.DUMP))
+                libbpf.map_delete(self.maps.translations, key)
+        self._dumped_alive = bool(np.any(self._translations()[1]["source"] == NatSource.DUMP))
+        self._kept = self.maps.counters_now()["kept"]
+
+    @property
+    def needs_reconciliation(self) -> bool:
+        """Whether the translations map holds entries whose end nobody will tell: from before the start, or kept."""
+        return self._dumped_alive or self.maps.counters_now()["kept"] != self._kept
 
     def _translations(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return libbpf.map_items(self.maps.translations, TUPLE, TRANSLATION)
+
+
+def _elements(array: npt.NDArray[Any], kind: np.dtype[Any]) -> list[bytes]:
+    """The bytes of each element, in the layout of `kind`: NumPy's copies may have turned big-endian fields."""
+    data, size = np.ascontiguousarray(array, dtype=kind).tobytes(), kind.itemsize
+    return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 def _identity(keys: npt.NDArray[Any], ct_ids: npt.NDArray[Any]) -> npt.NDArray[np.bytes_]:

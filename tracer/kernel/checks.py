@@ -130,13 +130,21 @@ def _tracefs() -> Check:
     )
 
 
-def _in_node(check: Callable[[], Check], path: str) -> Check:
-    """Asks inside the node's network namespace, whose own sysctls count."""
+#: Asked inside the node's network namespace, whose own sysctls count.
+_OF_THE_NODE: tuple[tuple[str, Callable[[], Check]], ...] = (
+    ("conntrack", _conntrack),
+    ("conntrack events", _conntrack_events),
+    ("conntrack accounting", _accounting),
+)
+
+
+def _of_the_node(path: str) -> list[Check]:
     try:
         with netns.entered(path):
-            return check()
+            return [ask() for _, ask in _OF_THE_NODE]
     except TracerError as error:
-        return Check("network namespace", MISSING, str(error), "Check --netns.")
+        unknown = [Check(name, NOTE, "not asked: it belongs to the node's network namespace") for name, _ in _OF_THE_NODE]
+        return [Check("network namespace", MISSING, f"{path} cannot be used", str(error)), *unknown]
 
 
 def _trial(options: Options) -> Check:
@@ -150,15 +158,12 @@ def _trial(options: Options) -> Check:
 
 def preconditions(options: Options) -> list[Check]:
     """Every precondition that can be asked without loading anything, cheapest first."""
-    path = options.node_netns
     return [
         _root(),
         _bcc(),
         _kernel_types(),
         _ring_buffer(),
-        _in_node(_conntrack, path),
-        _in_node(_conntrack_events, path),
-        _in_node(_accounting, path),
+        *_of_the_node(options.node_netns),
         _tracefs(),
     ]
 

@@ -9,7 +9,7 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,15 @@ from tracer.record import TUPLE, Nat, NatSource
 _NETLINK_NETFILTER = 12
 _SUBSYSTEM = 1 << 8  # NFNL_SUBSYS_CTNETLINK
 _CT_GET = _SUBSYSTEM | 1
-_REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
+_REQUEST, _DUMP = 0x1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _TYPE = 0x3FFF  # NLA_TYPE_MASK
 _CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_ID, _CTA_ZONE = 1, 2, 12, 18
+_CTA_TUPLE_IP, _CTA_TUPLE_PROTO, _CTA_TUPLE_ZONE = 1, 2, 3
+#: What a tuple holds, as bits: addresses by 1 << CTA_IP_*, the ports, and a zone of its own (which no tuple may have
+#: that is joined by: see bpf/conntrack.h).
+_SRC_PORT, _DST_PORT, _DIRECTIONAL = 1 << 5, 1 << 6, 1 << 7
+_WHOLE = (1 << 1 | 1 << 2 | _SRC_PORT | _DST_PORT, 1 << 3 | 1 << 4 | _SRC_PORT | _DST_PORT)
 _MAX_ATTRIBUTES = 24
 _BUFFER = 1 << 18
 
@@ -61,34 +66,45 @@ def _last(data: bytes) -> bool:
     """Whether a datagram ends the dump.
 
     Raises:
-        TracerError: it carries the kernel's refusal.
+        TracerError: it carries the kernel's refusal, or is no netlink datagram.
     """
     if len(data) < 16:
-        return True
-    _, kind = struct.unpack_from("<IH", data)
-    if kind == _NLMSG_ERROR:
-        code = -struct.unpack_from("<i", data, 16)[0] if len(data) >= 20 else errno.EPROTO
+        raise TracerError(f"Conntrack's table cannot be read (an answer of {len(data)} bytes): try again.")
+    end = _split(data).end
+    if end is None:
+        return False
+    code = -struct.unpack_from("<i", data, end + 16)[0] if end + 20 <= len(data) else 0
+    if struct.unpack_from("<H", data, end + 4)[0] == _NLMSG_ERROR:
+        code = code or errno.EPROTO
+    if code:  # a dump that fails half way says so in NLMSG_DONE
         raise TracerError(
             f"Conntrack's table cannot be read ({errno.errorcode.get(code, code)}): the kernel needs "
             "nf_conntrack_netlink ('modprobe nf_conntrack_netlink')."
         )
-    return _offsets(data)[1]
+    return True
 
 
-def _offsets(data: bytes) -> tuple[list[tuple[int, int]], bool]:
-    """Where the messages of a datagram begin and end, and whether the dump is over. A truncated message is the last."""
+class _Split(NamedTuple):
+    """A datagram taken apart."""
+
+    spans: list[tuple[int, int]]  # where conntrack's messages begin and end
+    end: int | None  # where NLMSG_DONE or NLMSG_ERROR is, if it is there
+    truncated: bool  # something behind the last message is none
+
+
+def _split(data: bytes) -> _Split:
     found: list[tuple[int, int]] = []
     offset, size = 0, len(data)
     while offset + 16 <= size:
         length, kind = struct.unpack_from("<IH", data, offset)
-        if kind == _NLMSG_DONE:
-            return found, True
+        if kind in (_NLMSG_ERROR, _NLMSG_DONE):
+            return _Split(found, offset, False)
         if length < 20 or offset + length > size:
             break
         if kind >> 8 == 1:
             found.append((offset, offset + length))
         offset += (length + 3) & ~3
-    return found, False
+    return _Split(found, None, offset < size)
 
 
 class _Walk:
@@ -111,7 +127,7 @@ class _Walk:
             self.cursor = np.where(active, self.cursor + ((length + 3) & ~3), self.end)
 
     def number(self, at: npt.NDArray[np.int64], size: int, big: bool = False) -> npt.NDArray[np.int64]:
-        """The unsigned number of `size` bytes at each offset; offsets beyond the data read zero."""
+        """The unsigned number of `size` bytes at each offset, which must lie within the data where it matters."""
         result = np.zeros(len(at), np.int64)
         for i in range(size):
             shift = 8 * (size - 1 - i if big else i)
@@ -135,30 +151,26 @@ def _read_tuple(
     outer = _Walk(data, start, end)
     for active, kind, length in outer:
         at = outer.cursor
-        for nest in (1, 2):
+        seen[active & (kind == _CTA_TUPLE_ZONE)] |= _DIRECTIONAL
+        for nest in (_CTA_TUPLE_IP, _CTA_TUPLE_PROTO):
             rows = np.flatnonzero(active & (kind == nest))
             if not len(rows):
                 continue
             inner = _Walk(data, at[rows] + 4, at[rows] + length[rows])
             for has, what, size in inner:
                 value = inner.cursor + 4
-                if nest == 1:
-                    for number, target, bit, width in (
-                        (1, src, 1, 4),
-                        (2, dst, 2, 4),
-                        (3, src, 1, 16),
-                        (4, dst, 2, 16),
-                    ):
+                if nest == _CTA_TUPLE_IP:
+                    for number, target, width in ((1, src, 4), (2, dst, 4), (3, src, 16), (4, dst, 16)):
                         hit = has & (what == number) & (size == 4 + width)
                         target[rows[hit], 16 - width :] = inner.octets(value[hit], width)
-                        seen[rows[hit]] |= bit
+                        seen[rows[hit]] |= 1 << number
                 else:
                     hit = has & (what == 1) & (size == 5)
                     protocol[rows[hit]] = inner.number(value[hit], 1)
-                    for number, port, bit in ((2, src_port, 4), (3, dst_port, 8)):
+                    for number, port in ((2, src_port), (3, dst_port)):
                         hit = has & (what == number) & (size == 6)
                         port[rows[hit]] = inner.number(value[hit], 2, big=True)
-                        seen[rows[hit]] |= bit
+                        seen[rows[hit]] |= _SRC_PORT if number == 2 else _DST_PORT
     return src, dst, src_port, dst_port, protocol, seen
 
 
@@ -170,11 +182,12 @@ def decode(data: bytes, boot_ns: int, protocols: tuple[int, ...] = (6,)) -> tupl
         boot_ns: when it was read, CLOCK_BOOTTIME ns: becomes `created`.
 
     Returns:
-        An array of ENTRY, and the number of malformed messages (entries of other protocols are neither).
+        An array of ENTRY, and the number of malformed messages (entries of other protocols are
+        neither; what is cut off at the end counts as one).
     """
-    spans, _ = _offsets(data)
+    spans, _, truncated = _split(data)
     if not spans:
-        return np.empty(0, ENTRY), 0
+        return np.empty(0, ENTRY), int(truncated)
     octets = np.frombuffer(data, np.uint8)
     bounds = np.array(spans, np.int64)
     n = len(bounds)
@@ -182,6 +195,7 @@ def decode(data: bytes, boot_ns: int, protocols: tuple[int, ...] = (6,)) -> tupl
         kind: (np.zeros(n, np.int64), np.zeros(n, np.int64)) for kind in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY)
     }
     identity, zone = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    identified = np.zeros(n, np.bool_)
     walk = _Walk(octets, bounds[:, 0] + 20, bounds[:, 1])
     for active, kind, length in walk:
         at = walk.cursor
@@ -189,14 +203,15 @@ def decode(data: bytes, boot_ns: int, protocols: tuple[int, ...] = (6,)) -> tupl
             hit = active & (kind == which)
             start[hit], end[hit] = at[hit] + 4, (at + length)[hit]
         hit = active & (kind == _CTA_ID) & (length == 8)
+        identified |= hit
         identity[hit] = walk.number(at[hit] + 4, 4, big=True)
         hit = active & (kind == _CTA_ZONE) & (length == 6)
         zone[hit] = walk.number(at[hit] + 4, 2, big=True)
     src, dst, src_port, dst_port, protocol, seen = _read_tuple(octets, *tuples[_CTA_TUPLE_ORIG])
     back_src, back_dst, back_src_port, back_dst_port, _, back_seen = _read_tuple(octets, *tuples[_CTA_TUPLE_REPLY])
-    whole = (seen == 15) & (back_seen == 15)
+    whole = identified & np.isin(seen, _WHOLE) & (seen == back_seen)
     wanted = whole & np.isin(protocol, protocols)
-    malformed = int(np.count_nonzero(~whole & (np.isin(protocol, protocols) | (protocol == 0))))
+    malformed = int(np.count_nonzero(~whole & (np.isin(protocol, protocols) | (protocol == 0)))) + truncated
 
     entries = np.zeros(n, ENTRY)
     key, value = entries["key"], entries["value"]
@@ -225,4 +240,4 @@ def dump(boot_ns: int) -> tuple[npt.NDArray[Any], int]:
         entries, misfits = decode(data, boot_ns)
         parts.append(entries)
         malformed += misfits
-    return np.concatenate(parts) if parts else np.empty(0, ENTRY), malformed
+    return np.concatenate(parts, dtype=ENTRY) if parts else np.empty(0, ENTRY), malformed

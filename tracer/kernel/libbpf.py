@@ -24,6 +24,8 @@ MAP_TYPE_ARRAY = 2
 MAP_TYPE_PERCPU_ARRAY = 6
 MAP_TYPE_RINGBUF = 27
 
+#: Elements asked for at once.
+_BATCH = 4096
 _SONAMES = ("libbpf.so.1", "libbpf.so.0")
 
 
@@ -40,6 +42,7 @@ def library() -> ctypes.CDLL:
         except OSError:
             continue
         if hasattr(loaded, "bpf_map_create"):
+            loaded.libbpf_set_print(None)  # what it would print, our errors say
             return loaded
     raise TracerError("libbpf 0.7 or newer was not found on this machine: install it with 'apt-get install libbpf1'.")
 
@@ -91,7 +94,7 @@ def map_batches(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> 
         OSError: the kernel's refusal.
     """
     lookup = library().bpf_map_lookup_batch
-    keys, values = np.empty(4096, key_type), np.empty(4096, value_type)
+    keys, values = np.empty(_BATCH, key_type), np.empty(_BATCH, value_type)
     cursor = ctypes.c_uint64(0)  # holds a bucket index of 4 bytes
     first = True
     while True:
@@ -120,7 +123,10 @@ def map_batches(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> 
 def map_items(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> Pair:
     """All elements of a hash map at once; see `map_batches`."""
     parts = [(keys.copy(), values.copy()) for keys, values in map_batches(fd, key_type, value_type)]
-    return np.concatenate([keys for keys, _ in parts]), np.concatenate([values for _, values in parts])
+    return (
+        np.concatenate([keys for keys, _ in parts], dtype=key_type),
+        np.concatenate([values for _, values in parts], dtype=value_type),
+    )
 
 
 def map_count(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> int:
@@ -139,6 +145,77 @@ def iter_create(link: int) -> int:
         code = ctypes.get_errno() or -fd
         raise OSError(code, f"{os.strerror(code)} when opening the socket iterator")
     return int(fd)
+
+
+class _LoadOptions(ctypes.Structure):
+    """The beginning of `struct bpf_prog_load_opts` (libbpf 0.7 and newer), which goes by its size."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("attempts", ctypes.c_int),
+        ("expected_attach_type", ctypes.c_uint32),
+        ("prog_btf_fd", ctypes.c_uint32),
+        ("prog_flags", ctypes.c_uint32),
+        ("prog_ifindex", ctypes.c_uint32),
+        ("kern_version", ctypes.c_uint32),
+        ("attach_btf_id", ctypes.c_uint32),
+        ("attach_prog_fd", ctypes.c_uint32),
+        ("attach_btf_obj_fd", ctypes.c_uint32),
+        ("fd_array", ctypes.c_void_p),
+        ("func_info", ctypes.c_void_p),
+        ("func_info_cnt", ctypes.c_uint32),
+        ("func_info_rec_size", ctypes.c_uint32),
+        ("line_info", ctypes.c_void_p),
+        ("line_info_cnt", ctypes.c_uint32),
+        ("line_info_rec_size", ctypes.c_uint32),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_char_p),
+    )
+
+
+def load_tracepoint(name: str, instructions: bytes, tracepoint: str) -> int:
+    """Loads a program for a tracepoint whose arguments the verifier knows by type (tp_btf, 5.5+); its descriptor.
+
+    Raises:
+        TracerError: the kernel has no such tracepoint, or refuses the program; with the end of what the verifier said.
+    """
+    lib, tracing, attach_type = library(), 26, 23  # BPF_PROG_TYPE_TRACING, BPF_TRACE_RAW_TP
+    target = lib.libbpf_find_vmlinux_btf_id(tracepoint.encode(), attach_type)
+    if target <= 0:
+        raise TracerError(f"This kernel has no tracepoint {tracepoint}: Linux 4.16 or newer has it.")
+    log = ctypes.create_string_buffer(1 << 20)
+    options = _LoadOptions(
+        size=ctypes.sizeof(_LoadOptions),
+        expected_attach_type=attach_type,
+        attach_btf_id=target,
+        log_size=len(log),
+        log_buf=ctypes.cast(log, ctypes.c_char_p),
+    )
+    fd = lib.bpf_prog_load(
+        tracing, name.encode(), b"GPL", instructions, ctypes.c_size_t(len(instructions) // 8), ctypes.byref(options)
+    )
+    if fd < 0:
+        code = ctypes.get_errno() or -fd
+        said = log.value.decode(errors="replace").strip().splitlines()[-12:]
+        raise TracerError(
+            f"The kernel refused the BPF program {name} ({os.strerror(code)}): run as root; see 'vip-tracer doctor'."
+            + "".join(f"\n  {line}" for line in said)
+        )
+    return int(fd)
+
+
+def attach_tracepoint(prog: int) -> int:
+    """Attaches what `load_tracepoint` loaded; the link's descriptor, with which the attachment ends.
+
+    Raises:
+        OSError: the kernel's refusal.
+    """
+    link = library().bpf_raw_tracepoint_open(None, prog)
+    if link < 0:
+        code = ctypes.get_errno() or -link
+        raise OSError(code, f"{os.strerror(code)} when attaching to a tracepoint")
+    return int(link)
 
 
 @functools.cache

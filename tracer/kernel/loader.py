@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tracer.errors import TracerError
-from tracer.kernel import btf, netns
+from tracer.kernel import btf, libbpf, netns
 
 #: Names of the descriptors that are handed over, in this order.
 DESCRIPTORS = (
@@ -25,6 +25,7 @@ DESCRIPTORS = (
     "socket_destroyed",
     "socket_state_program",
     "socket_destroyed_program",
+    "conntrack_events_program",
 )
 
 # include/uapi/linux/netfilter/nfnetlink_compat.h: NF_NETLINK_CONNTRACK_NEW, NF_NETLINK_CONNTRACK_DESTROY
@@ -122,11 +123,11 @@ def load(job: Job) -> list[int]:
     bcc = _import_bcc()
     try:
         module = bcc.BPF(src_file=str(source_directory() / "tracer.c"), cflags=arguments)
-        tracepoints = [(module.load_func(program, bcc.BPF.RAW_TRACEPOINT), where) for program, where in _TRACEPOINTS]
         conntrack = module.load_func("conntrack_events", bcc.BPF.SOCKET_FILTER)
         iterator = module.load_func("bpf_iter__tcp", _PROG_TYPE_TRACING)
     except Exception as error:  # bcc raises nothing narrower
         raise TracerError(f"The BPF programs could not be loaded: {error}. See 'vip-tracer doctor'.") from error
+    tracepoints = [libbpf.load_tracepoint(name, module.dump_func(name), where) for name, where in _TRACEPOINTS]
     bcc.lib.bcc_iter_attach.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
     link = bcc.lib.bcc_iter_attach(iterator.fd, None, 0)
     if link < 0:
@@ -135,12 +136,8 @@ def load(job: Job) -> list[int]:
         )
     # Translations are heard before connections, so that no connection is seen whose translation could not be.
     listener = _listen(conntrack.fd, job.node_netns)
-    attached = []
-    for program, where in tracepoints:
-        attached.append(bcc.lib.bpf_attach_raw_tracepoint(program.fd, where.encode()))
-        if attached[-1] < 0:
-            raise TracerError(f"The tracepoint {where} could not be attached: Linux 4.16 or newer has it.")
-    return [listener.detach(), link, *attached, *(program.fd for program, _ in tracepoints)]
+    attached = [libbpf.attach_tracepoint(program) for program in tracepoints]
+    return [listener.detach(), link, *attached, *tracepoints, conntrack.fd]
 
 
 def main() -> None:

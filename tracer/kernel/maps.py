@@ -4,12 +4,13 @@ Knows `bpf/maps.h` (what each map is for is said there). User space makes the ma
 live here and the child that compiles only borrows them.
 """
 
+import mmap
 import os
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from tracer.errors import TracerError
+from tracer.errors import TracerError, UsageError
 from tracer.kernel import libbpf
 from tracer.record import RECORD, TUPLE, Counter
 
@@ -41,7 +42,8 @@ TRANSLATION = np.dtype(
         ("nat", "u1"),
         ("source", "u1"),
         ("zone", "<u2"),
-        ("reserved", "u1", (4,)),
+        ("ended", "u1"),
+        ("reserved", "u1", (3,)),
     ]
 )
 
@@ -64,14 +66,21 @@ class Sizes:
     namespaces: int = 1_024
 
     def __post_init__(self) -> None:
-        if self.ring_bytes < 4096 or self.ring_bytes & (self.ring_bytes - 1):
-            raise TracerError(f"The ring's size must be a power of two of at least 4096 bytes, not {self.ring_bytes}.")
+        page = mmap.PAGESIZE
+        if self.ring_bytes < page or self.ring_bytes & (self.ring_bytes - 1):
+            raise UsageError(
+                f"The ring's size must be a power of two of at least {page} bytes, not {self.ring_bytes}: "
+                "choose another --ring-bytes."
+            )
+        for what in ("connections", "translations", "listeners", "namespaces"):
+            if getattr(self, what) < 1:
+                raise UsageError(f"There must be room for at least one of the {what}, not {getattr(self, what)}.")
 
     def kernel_bytes(self) -> int:
         """Kernel memory of all maps, in bytes: they are preallocated, so this is also what they cost when empty."""
 
         def hash_map(entries: int, key: int, value: int) -> int:
-            buckets = 1 << max(entries - 1, 1).bit_length()
+            buckets = 1 << (entries - 1).bit_length()
             return entries * (_ELEMENT + (key + 7) // 8 * 8 + (value + 7) // 8 * 8) + buckets * _BUCKET
 
         cpus = libbpf.possible_cpus()

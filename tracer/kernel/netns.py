@@ -5,14 +5,18 @@ Knows paths under /proc and nsfs mounts; holds none of them open, so it keeps no
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import functools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from tracer.errors import TracerError
 
 _CLONE_NEWNET = 0x40000000
+_NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h, 4.11+
 OWN = "/proc/thread-self/ns/net"
 
 
@@ -42,11 +46,16 @@ def entered(path: str) -> Iterator[None]:
             raise TracerError(
                 f"The network namespace {path} cannot be opened ({error.strerror}): check the path."
             ) from error
+        if os.path.sameopenfile(home, target):  # already there: that takes no privilege
+            os.close(target)
+            yield
+            return
         try:
             _set(target)
         except OSError as error:
+            advice = "check the path, it is no network namespace" if error.errno == errno.EINVAL else "run as root"
             raise TracerError(
-                f"The network namespace {path} cannot be entered ({error.strerror}): run as root."
+                f"The network namespace {path} cannot be entered ({error.strerror}): {advice}."
             ) from error
         finally:
             os.close(target)
@@ -65,9 +74,18 @@ def inode(path: str) -> int:
         TracerError: there is no such namespace.
     """
     try:
-        return os.stat(path).st_ino
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+            number = os.fstat(fd).st_ino
+        finally:
+            os.close(fd)
     except OSError as error:
-        raise TracerError(f"The network namespace {path} cannot be read ({error.strerror}): check the path.") from error
+        reason = "it is no namespace" if error.errno in (errno.ENOTTY, errno.EINVAL) else error.strerror
+        raise TracerError(f"The network namespace {path} cannot be read ({reason}): check the path.") from error
+    if kind != _CLONE_NEWNET:
+        raise TracerError(f"The namespace {path} is of another kind: check the path, which must end at a network's.")
+    return number
 
 
 def visible(proc: Path = Path("/proc")) -> dict[int, str]:
@@ -82,10 +100,10 @@ def visible(proc: Path = Path("/proc")) -> dict[int, str]:
         with contextlib.suppress(OSError):
             link = os.readlink(f"{proc}/{entry.name}/ns/net")  # net:[4026531840]
             found.setdefault(int(link[5:-1]), f"{proc}/{entry.name}/ns/net")
-    with contextlib.suppress(OSError), open(proc / "self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+    with contextlib.suppress(OSError), open(proc / "self/mountinfo", "rb") as mounts:
         for line in mounts:
-            fields = line.split(" ")
+            fields = os.fsdecode(line).split(" ")
             if fields[3].startswith("net:["):  # the root of an nsfs mount names the namespace
-                path = fields[4].encode().decode("unicode_escape") if "\\" in fields[4] else fields[4]
+                path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])  # \040 is a space
                 found.setdefault(int(fields[3][5:-1]), path)
     return found

@@ -7,7 +7,6 @@ bytes: the length with two flag bits, and a page offset.
 
 import ctypes
 import mmap
-import os
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -87,16 +86,16 @@ class Ring:
         consumer = int(self._consumer[0])
         available = int(self._producer[0]) - consumer
         self._fence()
-        if available < step.itemsize:
-            return np.empty(0, self._record)
         start = consumer & (self._size - 1)
         view = self._data[start : start + available // step.itemsize * step.itemsize].view(step)
-        lengths = view["length"]
+        lengths = view["length"].copy()
         busy = np.flatnonzero(lengths & BUSY)
         if len(busy):
             view, lengths = view[: busy[0]], lengths[: busy[0]]
         self._fence()
-        if len(view) and not np.all(lengths & ~np.uint32(DISCARD) == self._record.itemsize):
+        # The producer's position moves by whole records when room is reserved, so a remainder is one of another size.
+        if available % step.itemsize or np.any(lengths & ~np.uint32(DISCARD) != self._record.itemsize):
+            del view  # the error's traceback would keep it, and `close` could not unmap what it shows
             raise TracerError(
                 "The ring buffer holds records of another size: the BPF programs and this process are of different "
                 "versions; stop the agent and start it again."
@@ -112,8 +111,3 @@ class Ring:
         del self._consumer, self._producer, self._data
         self._consumer_map.close()
         self._producer_map.close()
-
-
-def possible_size(wanted: int) -> int:
-    """The smallest ring the kernel accepts that holds `wanted` bytes: a power of two, a multiple of the page size."""
-    return max(1 << (wanted - 1).bit_length(), os.sysconf("SC_PAGESIZE"))

@@ -64,10 +64,8 @@ def _long_lived(cluster: Cluster, culprit: int) -> Iterator[Extra]:
         turn += count
         worker.exchange(chosen, SENDS, RECEIVES)
 
-    try:
-        yield extra
-    finally:
-        worker.release(pool)
+    yield extra
+    worker.release(pool)  # not after an error or Ctrl-C, when the worker may be in the middle of an answer
 
 
 @contextmanager

@@ -1,0 +1,110 @@
+"""The real agent on a lab cluster, as its own process, and what it left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from tracer.lab.cluster import Cluster
+from tracer.lab.netns import wait_until
+
+TABLES = Path("connections"), Path("coverage")
+
+
+class Agent:
+    """A running ``vip-tracer agent``; `stop` ends it and reads its dataset."""
+
+    def __init__(self, output: Path, process: subprocess.Popen[bytes], node: str) -> None:
+        self.output, self.process, self.node = output, process, node
+        self.said = ""
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(how)
+        self.said = self.process.communicate(timeout=60)[1].decode()
+        assert self.process.returncode == 0, self.said
+
+    def resident(self) -> int:
+        """Resident memory in MB (10^6 bytes)."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024 // 1_000_000
+        raise AssertionError("no VmRSS")
+
+
+@contextmanager
+def agent(cluster: Cluster, output: Path, *options: str, node: str = "node-1", scope: bool = True) -> Iterator[Agent]:
+    """Starts the agent and waits until it is ready; kills it at the end if it still runs."""
+    ready = output.parent / f"{output.name}.{node}.ready"
+    ready.unlink(missing_ok=True)
+    pods = [pod.netns.path for pod in (*cluster.client_pods, *cluster.backend_pods)]
+    scoped = [part for path in (cluster.node.path, *pods) for part in ("--only-netns", path)] if scope else []
+    command = [sys.executable, "-m", "tracer", "agent", "--output", str(output), "--node", node]
+    command += ["--netns", cluster.node.path, *scoped, "--ready-file", str(ready), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd="/", env={**os.environ, "PYTHONPATH": _root()})
+    running = Agent(output, process, node)
+    try:
+        wait_until(lambda: ready.exists() or process.poll() is not None, "the agent to be ready", 60)
+        if process.poll() is not None:
+            raise AssertionError((process.stderr.read() if process.stderr else b"").decode())
+        yield running
+        if process.poll() is None:
+            running.stop()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def _root() -> str:
+    return str(Path(__file__).resolve().parent.parent)
+
+
+def rows(output: Path) -> pd.DataFrame:
+    """All published connection rows, as a user reads them."""
+    frame = pd.read_parquet(output / "connections")
+    for column in frame.columns:
+        if isinstance(frame[column].dtype, pd.CategoricalDtype):
+            frame[column] = frame[column].astype(object)
+    return frame
+
+
+def coverage(output: Path) -> pd.DataFrame:
+    """All coverage rows, in the order of time."""
+    return pd.read_parquet(output / "coverage").sort_values("ts").reset_index(drop=True)
+
+
+def losses(output: Path) -> int:
+    """Everything that was counted as a lost connection or row."""
+    table = coverage(output)
+    names = [name for name in table.columns if name.startswith("lost_") and name != "lost_translation_map"]
+    return int(table[names].fillna(0).sum().sum())
+
+
+def file_metadata(output: Path) -> list[dict[str, Any]]:
+    """The own metadata of each published connections file."""
+    found = []
+    for path in sorted((output / "connections").rglob("*.parquet")):
+        raw = pq.read_metadata(path).metadata
+        found.append({key.decode(): value.decode() for key, value in raw.items() if key != b"ARROW:schema"})
+    return found
+
+
+def losses_in_metadata(output: Path) -> int:
+    return sum(sum(json.loads(meta["losses"]).values()) for meta in file_metadata(output))
+
+
+def until(condition: Any, what: str, seconds: float = 30.0) -> None:
+    """Waits for a condition with a bound, and says what it waited for."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.02)

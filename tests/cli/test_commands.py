@@ -1,0 +1,191 @@
+"""What all commands have in common: help, exit codes, sentences instead of tracebacks, environment variables."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from cli_world import HOSTILE, ROOT, environment, run, sentence
+from click.testing import CliRunner
+
+from tracer import schema
+from tracer.cli import main
+from tracer.cli.demo import CAUSES
+from tracer.errors import NoDataError, TracerError, UsageError
+from tracer.lab import scenario
+
+
+def _nobody() -> None:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+@pytest.mark.parametrize("name", ["", *main.commands])
+def test_help_is_there_and_loads_nothing_heavy(name: str) -> None:
+    lines = f"""
+import sys
+from tracer.cli import main
+try:
+    main({[name, "--help"] if name else ["--help"]!r})
+except SystemExit as end:
+    code = end.code
+heavy = sorted(set(sys.modules) & {{"numpy", "pyarrow", "pandas", "bcc", "tracer.kernel", "asyncio"}})
+print(heavy, code, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", lines], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == "[] 0\n"
+    assert done.stdout.startswith("Usage: ")
+    assert all(option in done.stdout for option in ("-h, --help", "Options:"))
+
+
+def test_every_option_is_explained() -> None:
+    for command in main.commands.values():
+        assert command.help
+        for option in command.params:
+            if isinstance(option, click.Option) and option.name != "output_format":
+                assert option.help, f"{command.name} {option.opts}"
+
+
+def test_the_causes_are_the_laboratorys() -> None:
+    assert set(CAUSES) == {"random", *scenario.CAUSES}
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(main, ["--version"])
+    assert done.stdout == f"vip-tracer, version {importlib.metadata.version('vip-tracer')}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(TracerError("a b"), 1), (UsageError("a b"), 2), (NoDataError("a b"), 3),
+                        (PermissionError(13, "a b", "c"), 1), (OSError("a b"), 1), (KeyboardInterrupt(), 130)],
+)  # fmt: skip
+def test_errors_are_sentences_with_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise error
+
+    monkeypatch.setattr(schema, "as_json", fail)
+    done = CliRunner().invoke(main, ["schema", "-o", "json"])
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert done.stderr.startswith("vip-tracer: Interrupted" if code == 130 else "vip-tracer: a b")
+
+
+def test_a_sentence_leaves_the_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise TracerError(f"one {HOSTILE.replace(chr(10), '')}\ntwo")
+
+    monkeypatch.setattr(schema, "as_json", fail)
+    done = CliRunner().invoke(main, ["schema", "-o", "json"])
+    first, second, rest = done.stderr.split("\n")
+    assert first.isprintable()
+    assert (second, rest) == ("two", "")
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "as_json", lambda: 1 / 0)
+    assert isinstance(CliRunner().invoke(main, ["schema", "-o", "json"]).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["--nonsense"], ["agent"], ["agent", "--nonsense"], ["observe", "/nonexistent"],
+                  ["observe", "-f"], ["observe", "-n", "0"], ["observe", "-o", "xml"], ["schema", "extra"],
+                  ["demo", "--cause", "gremlins"], ["demo", "--seed", "x"]],
+)  # fmt: skip
+def test_wrong_usage(arguments: list[str]) -> None:
+    done = CliRunner().invoke(main, arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.strip()
+
+
+def test_output_that_is_a_file_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("agent", "demo"):
+        done = CliRunner().invoke(main, [name, "--output", str(tmp_path / "file")])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "is a file" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["agent --output {}", "observe", "demo --output {}"])
+def test_without_root_it_says_run_as_root(name: str, tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root, to give it up")
+    said = sentence(run(*name.format(tmp_path / "out").split(), preexec_fn=_nobody), 1)
+    assert "Run as root" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_without_root_says_what_is_missing() -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root, to give it up")
+    done = run("doctor", preexec_fn=_nobody)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "MISSING  privilege" in done.stdout
+    assert "cannot be traced" in done.stderr
+    as_json = run("doctor", "-o", "json", preexec_fn=_nobody)
+    assert as_json.returncode == 1
+    states = {check["name"]: check["state"] for check in json.loads(as_json.stdout)}
+    assert states["privilege"] == "missing"
+
+
+@pytest.mark.needs("bpf", "netns")
+def test_doctor_with_root_finds_a_node_that_can_be_traced() -> None:
+    done = run("doctor", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "This node can be traced.\n"
+    found = {check["name"]: check["state"] for check in json.loads(done.stdout)}
+    assert found["programs"] == "ok"
+    assert "missing" not in found.values()
+
+
+def test_schema_in_its_formats() -> None:
+    page = CliRunner().invoke(main, ["schema", "-o", "markdown"])
+    assert page.stdout == (ROOT / "docs/schema.md").read_text(encoding="utf-8")
+    document = json.loads(CliRunner().invoke(main, ["schema", "-o", "json"]).stdout)
+    assert [column["name"] for column in document["tables"]["connections"]][:3] == ["node", "ts", "conn_id"]
+    for table, columns in schema.TABLES.items():
+        done = CliRunner().invoke(main, ["schema", "--of", table])
+        assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == [column.name for column in columns]
+
+
+def test_options_are_environment_variables() -> None:
+    done = CliRunner(env={"VIP_TRACER_SCHEMA_OF": "coverage"}).invoke(main, ["schema"])
+    assert done.stdout == CliRunner().invoke(main, ["schema", "--of", "coverage"]).stdout
+    done = CliRunner(env={"VIP_TRACER_AGENT_OUTPUT": "x", "VIP_TRACER_AGENT_RING_BYTES": "5000"}).invoke(
+        main, ["agent"]
+    )
+    assert done.exit_code == 2
+    assert "--ring-bytes" in done.stderr
+    done = CliRunner(env={"VIP_TRACER_DOCTOR_ONLY_NETNS": "/a /b", "VIP_TRACER_DOCTOR_IGNORE_NETNS": "/c"}).invoke(
+        main, ["doctor"]
+    )
+    assert "not both at once" in done.stderr
+
+
+def test_a_deployments_own_variables_do_no_harm() -> None:
+    # a chart's version, and what Kubernetes sets for a service called vip-tracer or vip-tracer-agent
+    foreign = {
+        "VIP_TRACER_VERSION": "1.2.3", "VIP_TRACER_PORT": "tcp://10.96.0.1:80", "VIP_TRACER_SERVICE_HOST": "10.96.0.1",
+        "VIP_TRACER_AGENT_PORT": "tcp://10.96.0.1:80", "VIP_TRACER_SCHEMA_PORT_80_TCP": "tcp://10.96.0.1:80",
+    }  # fmt: skip
+    assert CliRunner(env=foreign).invoke(main, ["schema"]).exit_code == 0
+
+
+def test_a_full_disk_behind_stdout_is_a_sentence() -> None:
+    with open("/dev/full", "w", encoding="ascii") as full:
+        done = run("schema", stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == "vip-tracer: No space left on device: the command could not go on.\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
+        reader.wait()
+        done = run("schema", stdout=reader.stdin)
+    assert (done.returncode, done.stderr) == (0, "")

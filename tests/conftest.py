@@ -1,0 +1,75 @@
+"""What the machine must be able to do, asked once: `@pytest.mark.needs("bpf", "netns")`.
+
+A skip is loud, and a failure where VIP_TRACER_REQUIRE names the capability (CI names them all).
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tracer.errors import TracerError
+from tracer.kernel import checks
+from tracer.kernel.capture import Options
+from tracer.lab.netns import Namespace
+
+
+def _bpf() -> str:
+    lacking = checks.missing(
+        [check for check in checks.preconditions(Options()) if not check.name.startswith("conntrack")]
+    )
+    return "; ".join(f"{check.name}: {check.found}" for check in lacking)
+
+
+def _netns() -> str:
+    try:
+        with Namespace("probe"):
+            return ""
+    except TracerError as error:
+        return str(error)
+
+
+def _conntrack() -> str:
+    if not Path("/proc/sys/net/netfilter/nf_conntrack_max").exists():
+        return "the kernel has no conntrack"
+    return "" if shutil.which("conntrack") else "the conntrack command is not installed"
+
+
+def _command(name: str) -> Callable[[], str]:
+    return lambda: "" if shutil.which(name) else f"{name} is not installed"
+
+
+CAPABILITIES: dict[str, Callable[[], str]] = {
+    "bpf": _bpf,
+    "netns": _netns,
+    "conntrack": _conntrack,
+    "iptables": _command("iptables-restore"),
+    "nft": _command("nft"),
+    "ipv6": lambda: "" if Path("/proc/net/if_inet6").exists() else "the kernel has no IPv6",
+    "mptcp": lambda: "" if Path("/proc/sys/net/mptcp/enabled").exists() else "the kernel has no MPTCP",
+    "bcc": lambda: "" if importlib.util.find_spec("bcc") else "python3-bpfcc is not installed",
+}
+
+
+@functools.cache
+def lacking(capability: str) -> str:
+    """Why this machine lacks a capability; empty if it has it."""
+    return CAPABILITIES[capability]()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    required = set(filter(None, os.environ.get("VIP_TRACER_REQUIRE", "").split(",")))
+    assert required <= set(CAPABILITIES), (
+        f"VIP_TRACER_REQUIRE names unknown capabilities: {required - set(CAPABILITIES)}"
+    )
+    for mark in item.iter_markers("needs"):
+        for capability in mark.args:
+            reason = lacking(capability)
+            if reason and capability in required:
+                pytest.fail(f"{capability} is required here: {reason}", pytrace=False)
+            if reason:
+                pytest.skip(f"{capability}: {reason}")

@@ -1,0 +1,160 @@
+"""The capture by itself: what user space keeps right in the kernel's maps."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tracer.errors import TracerError
+from tracer.kernel import libbpf
+from tracer.kernel.capture import Capture, Options
+from tracer.kernel.maps import CONNECTION, TRANSLATION, Sizes
+from tracer.lab.cluster import Cluster
+from tracer.lab.topology import Conntrack
+from tracer.record import RESULT_OPEN, TUPLE, Flag, Nat, NatSource
+
+pytestmark = pytest.mark.needs("bpf", "netns", "conntrack", "iptables")
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with Cluster(backends=2, clients=2, conntrack=Conntrack(timeouts=Conntrack.SHORT)) as made:
+        yield made
+
+
+def scope(cluster: Cluster) -> tuple[str, ...]:
+    return (cluster.node.path, *(pod.netns.path for pod in (*cluster.client_pods, *cluster.backend_pods)))
+
+
+def options(cluster: Cluster, **more: object) -> Options:
+    return Options(**({"node_netns": cluster.node.path, "only_netns": scope(cluster)} | more))  # type: ignore[arg-type]
+
+
+def until(condition: object, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def translations(capture: Capture) -> np.ndarray:
+    return libbpf.map_items(capture.maps.translations, TUPLE, TRANSLATION)[1]
+
+
+def test_a_translation_stays_until_conntrack_destroys_its_entry(cluster: Cluster) -> None:
+    with Capture(options(cluster)) as capture:
+        cluster.clients[0].connect_many(20, cluster.vip(), 100, 100)
+        assert len(capture.drain()) == 20
+        known = translations(capture)
+        assert len(known) == 20
+        assert set(known["source"]) == {NatSource.CONNTRACK}
+        assert known["conn_id"].all(), "each is claimed by its connection"
+        until(lambda: capture.counters()["conntrack_destroy"] == 20)
+        assert len(translations(capture)) == 0
+        assert capture.counters()["stale_destroy"] == 0
+
+
+def test_entries_from_before_the_start_are_swept_although_they_send_no_destroy(cluster: Cluster) -> None:
+    client = cluster.clients[0]
+    held = client.hold(4, cluster.vip())["number"]
+    with Capture(options(cluster)) as capture:
+        assert set(translations(capture)["source"]) == {NatSource.DUMP}
+        assert capture.needs_reconciliation
+        client.connect_many(3, cluster.vip(), 100, 100)
+        cluster.node.run(["conntrack", "-D", "--src", cluster.client_pods[0].ips[4]])
+        until(lambda: capture.counters()["conntrack_destroy"] == 3)
+        assert len(translations(capture)) == 4, "only the entries born while we listened told of their end"
+        capture.reconcile()
+        assert len(translations(capture)) == 0
+        assert not capture.needs_reconciliation
+        client.release(held)
+        rows = capture.drain()
+        assert np.count_nonzero(rows["nat"] == Nat.DNAT) == 7, "found connections keep what they were told at the start"
+
+
+def test_a_refusal_leaves_its_translation_for_the_socket_and_then_nothing(cluster: Cluster) -> None:
+    for server in cluster.servers:
+        server.stop_listening()
+    with Capture(options(cluster)) as capture:
+        cluster.clients[0].connect_many(10, cluster.vip(), 100, 100)
+        rows = capture.drain()
+        assert (rows["nat"] == Nat.DNAT).all()
+        assert capture.counters()["kept"] == 10
+        assert len(translations(capture)) == 0
+
+
+def test_a_connection_whose_end_nobody_saw_is_counted_as_lost_and_forgotten(cluster: Cluster) -> None:
+    with Capture(options(cluster)) as capture:
+        held = cluster.clients[0].hold(2, cluster.vip())["number"]
+        ghost = np.zeros(1, CONNECTION)
+        ghost["row"]["conn_id"], ghost["row"]["ts"] = 77, 1
+        ghost["row"]["netns"] = cluster.client_pods[0].netns.inode
+        key = (0xDEAD0000).to_bytes(8, "little")
+        assert libbpf.map_update(capture.maps.connections, key, ghost.tobytes()) == 0
+        before = capture.totals()
+        assert (before["open_connections"], before["lost_end"]) == (3, 0)
+        capture.sweep()
+        after = capture.totals()
+        assert (after["open_connections"], after["lost_end"]) == (2, 1)
+        cluster.clients[0].release(held)
+        assert len(capture.drain()) == 2
+
+
+def test_connections_that_begin_while_it_stops_are_counted_and_open_ones_get_their_row(cluster: Cluster) -> None:
+    with Capture(options(cluster)) as capture:
+        held = cluster.clients[0].hold(3, cluster.vip())["number"]
+        taken: list[np.ndarray] = []
+        capture.stop(lambda: taken.append(capture.drain()))
+        rows = np.concatenate(taken)
+        assert len(rows) == 3
+        assert set(rows["result"]) == {RESULT_OPEN}
+        assert not (rows["flags"] & Flag.CLOSED).any()
+        cluster.clients[1].connect_many(5, cluster.vip(), 100, 100)
+        assert capture.counters()["after_pause"] == 5
+        cluster.clients[0].release(held)
+        ends = capture.drain()
+        assert len(ends) == 3
+        assert not (ends["flags"] & Flag.OPENED).any()
+
+
+def test_the_account_balances(cluster: Cluster) -> None:
+    with Capture(options(cluster, sizes=Sizes(connections=32, ring_bytes=8192))) as capture:
+        cluster.clients[0].hold(40, cluster.vip())
+        cluster.clients[1].connect_many(200, cluster.vip(), 100, 100)
+        cluster.settle()
+        totals = capture.totals()
+        began = totals["opened"] + totals["adopted"] + totals["late_begin"]
+        lost = totals["lost_ring"] + totals["lost_connection_map"] + totals["lost_end"]
+        assert began == 240
+        assert began == totals["closed"] + lost + totals["excluded"] + totals["open_connections"]
+        assert len(capture.drain()) == totals["closed"] + totals["interim"]
+
+
+def test_namespaces_can_be_left_out(cluster: Cluster) -> None:
+    left_out = (cluster.client_pods[1].netns.path,)
+    with Capture(Options(node_netns=cluster.node.path, ignore_netns=left_out)) as capture:
+        cluster.clients[0].connect_many(4, cluster.vip(), 100, 100)
+        cluster.clients[1].connect_many(5, cluster.vip(), 100, 100)
+        netns = capture.drain()["netns"]
+        assert np.count_nonzero(netns == cluster.client_pods[0].netns.inode) == 4
+        assert np.count_nonzero(netns == cluster.client_pods[1].netns.inode) == 0
+
+
+def test_only_and_ignore_together_make_no_sense() -> None:
+    with pytest.raises(TracerError, match="not both"):
+        Capture(Options(only_netns=("/proc/self/ns/net",), ignore_netns=("/proc/self/ns/net",)))
+
+
+def test_loopback_is_left_out_unless_asked_for(cluster: Cluster) -> None:
+    pod = cluster.backend_pods[0].netns
+    script = (
+        "import socket; s = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(s.getsockname());"
+        "a, _ = s.accept(); c.close(); a.close()"
+    )
+    for loopback, expected in ((False, 0), (True, 1)):
+        with Capture(options(cluster, loopback=loopback)) as capture:
+            pod.run(["/usr/bin/python3", "-c", script])
+            rows = capture.drain()
+            assert len(rows) == expected
+            assert all(rows["nat"] == Nat.NONE), "a pod's loopback cannot have been tracked"
