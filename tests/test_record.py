@@ -93,7 +93,8 @@ def compile_with(conditions: list[str], tmp_path: Path) -> str:
     source = tmp_path / "layout.c"
     asserted = (f'_Static_assert({condition}, "layout");\n' for condition in conditions)
     source.write_text('#include "maps.h"\n' + "".join(asserted))
-    flags = loader.flags(loader.Job(maps=dict.fromkeys((field.name for field in fields(maps.Maps)), 0), constants={}, node_netns=""))
+    descriptors = {field.name: 0 for field in fields(maps.Maps)}
+    flags = loader.flags(loader.Job(maps=descriptors, constants={}, node_netns=""))
     done = subprocess.run(
         [sys.executable, "-c", _COMPILE, str(HEADERS), str(source), *flags], capture_output=True, text=True, check=False
     )

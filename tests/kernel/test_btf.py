@@ -102,7 +102,9 @@ class Writer:
         self.strings += text.encode() + b"\0"
         return len(self.strings) - len(text) - 1
 
-    def add(self, kind: int, name: str, size: int, members: tuple[tuple[object, ...], ...] = (), tail: bytes = b"") -> int:
+    def add(
+        self, kind: int, name: str, size: int, members: tuple[tuple[object, ...], ...] = (), tail: bytes = b""
+    ) -> int:
         head = struct.pack("<III", self._string(name), kind << 24 | len(members), size)
         self.types += head + tail
         for label, *numbers in members:
@@ -165,7 +167,7 @@ def test_a_flag_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def nested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def nested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """struct outer { int; struct { int; typedef_of_union { int x; int wanted; }; }; int after; }"""
     made = kernel()
     union = made.add(UNION, "", 4, (("x", 1, 0), ("wanted", 1, 0)))
@@ -175,7 +177,7 @@ def nested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "btf"
     path.write_bytes(made.bytes())
     monkeypatch.setattr(btf, "FIELDS", (*btf.FIELDS, ("outer", "wanted"), ("outer", "after")))
-    yield path
+    return path
 
 
 def test_fields_of_anonymous_members_are_found(nested: Path) -> None:

@@ -120,8 +120,11 @@ def _accounting() -> Check:
 
 
 def _tracefs() -> Check:
-    if Path("/sys/kernel/tracing/events").is_dir():
-        return Check("tracefs", OK, "mounted")
+    try:
+        if Path("/sys/kernel/tracing/events").is_dir():
+            return Check("tracefs", OK, "mounted")
+    except PermissionError:  # mounted or not, that is for root to see
+        return Check("tracefs", NOTE, "not to be seen without privilege: nothing that runs now needs it")
     return Check(
         "tracefs",
         NOTE,
@@ -143,7 +146,8 @@ def _of_the_node(path: str) -> list[Check]:
         with netns.entered(path):
             return [ask() for _, ask in _OF_THE_NODE]
     except TracerError as error:
-        unknown = [Check(name, NOTE, "not asked: it belongs to the node's network namespace") for name, _ in _OF_THE_NODE]
+        found = "not asked: it belongs to the node's network namespace"
+        unknown = [Check(name, NOTE, found) for name, _ in _OF_THE_NODE]
         return [Check("network namespace", MISSING, f"{path} cannot be used", str(error)), *unknown]
 
 

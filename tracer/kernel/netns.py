@@ -43,9 +43,8 @@ def entered(path: str) -> Iterator[None]:
         try:
             target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise TracerError(
-                f"The network namespace {path} cannot be opened ({error.strerror}): check the path."
-            ) from error
+            advice = "run as root" if isinstance(error, PermissionError) else "check the path"
+            raise TracerError(f"The network namespace {path} cannot be opened ({error.strerror}): {advice}.") from error
         if os.path.sameopenfile(home, target):  # already there: that takes no privilege
             os.close(target)
             yield
