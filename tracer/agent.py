@@ -76,11 +76,6 @@ def interim_period(interval_s: float) -> float:
     return min(max(interval_s / 12, 0.25), 10.0)
 
 
-def block_stop_signals() -> None:
-    """Keeps the stop signals for `follow`. Call it before the first thread is made: threads inherit it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
 def follow(
     capture: Capture,
     take: Callable[[Records], object],
@@ -89,6 +84,8 @@ def follow(
     finished: Callable[[], bool] = lambda: False,
 ) -> str:
     """Drains until a stop signal comes or the time is over; then stops the capture and drains what is left.
+
+    The caller has blocked STOP_SIGNALS before the process had a second thread (`tracer.cli.signals`).
 
     Args:
         capture: what is running.
@@ -138,12 +135,17 @@ def run(options: AgentOptions) -> None:
         TracerError: the node cannot be traced, or the output cannot be written.
     """
     # Imported here: the loader child, the checks and --help do without pyarrow.
+    import pyarrow
+
     from tracer.store.coverage import Run
     from tracer.store.writer import DatasetWriter
 
+    if options.ready_file is not None:
+        options.ready_file.unlink(missing_ok=True)  # an earlier run's, if that was killed
     checks.demand(options.capture)
+    # Gives memory back between row groups: 95 MB resident at 6,000 connections a second, 106 MB with the default pool.
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     began = time.monotonic()
-    block_stop_signals()
     clock = WallClock()
     with Capture(options.capture) as capture:
         identity = Run.here(

@@ -1,12 +1,13 @@
 """What the programs cost in the kernel: nanoseconds per TCP connection, all programs together.
 
-How: a cluster of namespaces, connections through a virtual IP as fast as two clients can, `kernel.bpf_stats_enabled`, and the
-run counts and times of the programs before and after. The window is long enough for the same connections' DESTROY events
-(conntrack's timeouts are short in the lab's namespaces). The kernel's own measuring is in those times: an empty program
-attached to the same tracepoint tells how much, and that is subtracted from every run. Sockets of both ends are on this machine, so the
-programs run for the server's side too, as they would on a node that holds both pods.
+How: a cluster of namespaces, connections through a virtual IP as fast as two clients can, kernel.bpf_stats_enabled, and
+the run counts and times of the programs before and after. The window is long enough for the same connections' DESTROY
+events (conntrack's timeouts are short in the lab's namespaces). The kernel's own measuring is in those times: an empty
+program attached to the same tracepoint tells how much, and that is subtracted from every run. Both ends are on this
+machine, so the programs run for the server's side too, as on a node that holds both pods.
 
-Run it as root: python -m tests.bench.kernel_cost [--connections N] [--rounds N]. It sets the sysctl for its duration and puts it back.
+Run it as root: python -m tests.bench.kernel_cost [--connections N] [--rounds N]. It sets the sysctl while it runs and
+puts it back.
 """
 
 import argparse
@@ -38,7 +39,9 @@ def stats() -> Iterator[None]:
 
 def runs(prog: int) -> tuple[int, int]:
     """(nanoseconds, runs) of a program since it was loaded, from its fdinfo."""
-    fields = dict(line.split(":\t", 1) for line in Path(f"/proc/self/fdinfo/{prog}").read_text().splitlines() if ":\t" in line)
+    fields = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/self/fdinfo/{prog}").read_text().splitlines() if ":\t" in line
+    )
     return int(fields["run_time_ns"]), int(fields["run_cnt"])
 
 

@@ -181,6 +181,7 @@ PORTS = nest(2, attribute(1, b"\6"), attribute(2, b"\0\1"), attribute(3, b"\0\2"
         [V4.original(), *V4.attributes()[2:]],  # no reply
         [V4.original(), V4.reply()],  # no id: it could not be told from the next entry with this tuple
         [],
+        [V4.original(), V4.reply(), attribute(12, bytes(4))[:4]],  # an id that would lie in the next message
         [b"\0\0\1\x80", *V4.attributes()],  # an attribute of length zero: nothing behind it can be found
         spoilt_tuple(IPV4),
         spoilt_tuple(PORTS),

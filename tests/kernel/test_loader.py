@@ -38,7 +38,7 @@ def as_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> N
     """Has the loader run by a Python in which `before` ran first."""
     (tmp_path / "run.py").write_text(
         f"import os, runpy, signal, socket, sys\n{before}\n"
-        "sys.argv = ['loader', *sys.argv[3:]]\n"
+        "sys.argv = ['loader', sys.argv[-1]]\n"
         "runpy.run_module('tracer.kernel.loader', run_name='__main__')\n"
     )
     shim = tmp_path / "python"
@@ -109,6 +109,15 @@ def test_a_child_that_never_gets_to_work(
     with pytest.raises(TracerError, match=said):
         Capture(Options(sizes=SIZES))
     assert open_descriptors() == open_before
+
+
+@pytest.mark.needs("bpf", "conntrack")
+def test_a_child_that_says_more_than_a_pipe_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verifier's log easily does."""
+    monkeypatch.setattr("tracer.kernel.handover.TIMEOUT_S", 3)
+    as_python(tmp_path, monkeypatch, "os.write(2, b'x' * (1 << 20))")
+    with Capture(Options(sizes=SIZES)):
+        pass
 
 
 @pytest.mark.needs("bpf")

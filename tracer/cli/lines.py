@@ -17,6 +17,18 @@ Row = dict[str, Any]
 FORMATS = ("table", "wide", "json", "csv")
 
 
+def rows_of(batch: Any) -> list[Row]:
+    """The rows of a record batch or table, times to the microsecond: Arrow wants pandas for Python's nanoseconds."""
+    import pyarrow as pa
+
+    for index, field in enumerate(batch.schema):
+        if pa.types.is_timestamp(field.type):
+            column = batch.column(index).cast(pa.timestamp("us", field.type.tz), safe=False)
+            batch = batch.set_column(index, field.name, column)
+    rows: list[Row] = batch.to_pylist()
+    return rows
+
+
 def printable(text: str) -> str:
     """The text with all that is not printable (controls, escapes, bidi marks, newlines) spelled as \\x1b or \\u202e."""
     if text.isprintable():

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from tracer.cli import options
-from tracer.cli.lines import FORMATS, Row, render
+from tracer.cli.lines import FORMATS, Row, render, rows_of
 from tracer.cli.signals import hold
 from tracer.errors import NoDataError, UsageError
 
@@ -102,7 +102,7 @@ def _unseen(root: Path, seen: set[Path], patient: bool) -> Iterator[list[Row]]:
             continue
         for batch in reader.batches(path):
             for start in range(0, batch.num_rows, _SLICE):
-                yield batch.slice(start, _SLICE).to_pylist()
+                yield rows_of(batch.slice(start, _SLICE))
 
 
 def _live(printer: _Printer, seconds: float | None, values: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ def _live(printer: _Printer, seconds: float | None, values: dict[str, Any]) -> N
         click.echo("observing: a line per connection when it ends; Ctrl-C stops", err=True)
         follow(
             capture,
-            lambda records: printer.show(table(records, node, clock).to_pylist()),
+            lambda records: printer.show(rows_of(table(records, node, clock))),
             clock,
             seconds,
             finished=printer.finished,

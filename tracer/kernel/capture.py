@@ -9,20 +9,17 @@ import errno
 import os
 import random
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tracer.errors import TracerError
-from tracer.kernel import conntrack, libbpf, netns
-from tracer.kernel.loader import DESCRIPTORS, Job
+from tracer.kernel import conntrack, handover, libbpf, netns
+from tracer.kernel.loader import Job
 from tracer.kernel.maps import (
     CONNECTION,
     CONTROL_MODE,
@@ -36,10 +33,6 @@ from tracer.kernel.maps import (
 )
 from tracer.kernel.ring import Ring
 from tracer.record import RECORD, TUPLE, NatSource
-
-#: How long the loader may take: it needs about a second here, and ten to twenty times that on an emulated machine.
-LOADER_TIMEOUT_S = 120
-
 
 #: A key of the connections map: a socket's address.
 _SOCKET = np.dtype("<u8")
@@ -81,7 +74,7 @@ class Capture:
             undo.callback(self.maps.close)
             for inode in self._filter[1]:
                 libbpf.map_update(self.maps.netns_list, inode.to_bytes(4, "little"), b"\1")
-            self._descriptors = self._load()
+            self._descriptors = handover.load(self._job())
             undo.callback(self._detach)
             self._netlink = socket.socket(fileno=os.dup(self._descriptors["conntrack_socket"]))
             undo.callback(self._netlink.close)
@@ -108,13 +101,8 @@ class Capture:
             raise TracerError("Namespaces can be chosen (--only-netns) or left out (--ignore-netns), not both at once.")
         return (1 if only else 2 if ignore else 0), [netns.inode(path) for path in only or ignore]
 
-    def _load(self) -> dict[str, int]:
-        """Runs the loader child and receives its descriptors.
-
-        Raises:
-            TracerError: its own sentence, or that it died, with the last of what it said.
-        """
-        job = Job(
+    def _job(self) -> Job:
+        return Job(
             maps=self.maps.descriptors(),
             constants={
                 "NODE_NETNS": netns.inode(self.options.node_netns),
@@ -126,47 +114,6 @@ class Capture:
             },
             node_netns=self.options.node_netns.replace("thread-self", str(os.getpid())),
         )
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path())}
-        with ours, theirs:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "tracer.kernel.loader", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(), *job.maps.values()),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=environment,
-            )
-            theirs.close()
-            try:
-                ours.send(job.encode())
-                ours.settimeout(LOADER_TIMEOUT_S)
-                message, descriptors, _, _ = socket.recv_fds(ours, 1 << 16, len(DESCRIPTORS))
-            except OSError as error:
-                child.kill()
-                raise TracerError(
-                    f"The loader did not answer within {LOADER_TIMEOUT_S} s ({error}): try again."
-                ) from error
-            finally:
-                talk = self._farewell(child)
-        if message == b"." and len(descriptors) == len(DESCRIPTORS):
-            for descriptor in descriptors:
-                os.set_inheritable(descriptor, False)
-            return dict(zip(DESCRIPTORS, descriptors, strict=True))
-        if message.startswith(b"!"):
-            raise TracerError(message[1:].decode() + talk)
-        raise TracerError(f"The loader ended without an answer (exit code {child.returncode}).{talk}")
-
-    @staticmethod
-    def _farewell(child: subprocess.Popen[bytes]) -> str:
-        """Waits for the loader's end; the last of what it said on stderr, for an error message."""
-        try:
-            _, said = child.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            _, said = child.communicate()
-        lines = said.decode(errors="replace").strip().splitlines()[-60:]
-        return "\nThe loader said:\n  " + "\n  ".join(lines) if lines else ""
 
     def _take_in(self) -> None:
         """Translations first, so that sockets find theirs; then once more, for what ended meanwhile."""
@@ -306,7 +253,8 @@ class Capture:
         for key, value in zip(_elements(missing["key"], TUPLE), _elements(missing["value"], TRANSLATION), strict=True):
             refused = libbpf.map_update(self.maps.translations, key, value, libbpf.BPF_NOEXIST)
             self._dump_lost += refused == errno.E2BIG
-        gone = ~np.isin(known, listed) & (values["created"] <= began)
+        # A table that was not wholly understood is no reason to forget anything.
+        gone = ~np.isin(known, listed) & (values["created"] <= began) & (not malformed)
         for key, ct_id in zip(_elements(keys[gone], TUPLE), values["ct_id"][gone], strict=True):
             raw = libbpf.map_lookup(self.maps.translations, key, TRANSLATION.itemsize)
             if raw and np.frombuffer(raw, TRANSLATION)["ct_id"][0] == ct_id:
@@ -346,9 +294,3 @@ def _read_to_end(walk: int) -> None:
                 continue
     finally:
         os.close(walk)
-
-
-def _search_path() -> list[str]:
-    """Where the child finds this very package, and what the parent was told."""
-    own = str(Path(__file__).resolve().parent.parent.parent)
-    return [own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]

@@ -1,0 +1,73 @@
+"""What the node process costs in user space: time to ready, resident memory while it writes, CPU per row.
+
+How: the real agent on a cluster of namespaces, clients that connect as fast as they can, /proc of the agent before and
+after. Run it as root: python -m tests.bench.node_process [--connections N]
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tracer.kernel.maps import Sizes
+from tracer.lab.cluster import Cluster
+
+
+def status(pid: int, field: str) -> int:
+    """A memory field of /proc/PID/status in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--connections", type=int, default=40_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory, Cluster(backends=6, clients=2) as cluster:
+        ready = Path(directory) / "ready"
+        pods = [pod.netns.path for pod in (*cluster.client_pods, *cluster.backend_pods)]
+        command = [sys.executable, "-m", "tracer", "agent", "--output", f"{directory}/data", "--node", "node-1"]
+        command += ["--netns", cluster.node.path, "--ready-file", str(ready), "--rotate", "2s"]
+        command += [part for path in (cluster.node.path, *pods) for part in ("--only-netns", path)]
+        began = time.monotonic()
+        agent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not ready.exists():
+            assert agent.poll() is None, "the agent did not start"
+            time.sleep(0.005)
+        to_ready = time.monotonic() - began
+        idle = status(agent.pid, "VmRSS")
+        before = cpu_seconds(agent.pid)
+        began = time.monotonic()
+        for client in cluster.clients:
+            client.begin_connects(arguments.connections // 2, cluster.vip(), 100, 100)
+        for client in cluster.clients:
+            client.finish_connects()
+        took = time.monotonic() - began
+        time.sleep(2.5)  # one rotation more
+        used = cpu_seconds(agent.pid) - before
+        resident, peak = status(agent.pid, "VmRSS"), status(agent.pid, "VmHWM")
+        agent.send_signal(signal.SIGTERM)
+        agent.wait()
+        size = sum(path.stat().st_size for path in Path(directory, "data", "connections").rglob("*.parquet"))
+    print(f"Linux {os.uname().release}, {os.cpu_count()} CPUs; {arguments.connections} connections in {took:.1f} s")
+    print(f"  exec to ready             {to_ready:6.2f} s")
+    print(f"  resident when ready       {idle / 1e6:6.1f} MB")
+    print(f"  resident while writing    {resident / 1e6:6.1f} MB (peak {peak / 1e6:.1f} MB)")
+    print(f"  user and system CPU       {used / arguments.connections * 1e6:6.1f} µs per row")
+    print(f"  bytes per row on disk     {size / arguments.connections:6.1f}")
+    print(f"  kernel memory of the maps {Sizes().kernel_bytes() / 1e6:6.1f} MB, preallocated")
+
+
+if __name__ == "__main__":
+    main()
