@@ -22,7 +22,7 @@ from tracer.kernel.capture import Capture, Options
 _log = logging.getLogger(__name__)
 
 #: How long the loop sleeps between two drains; much less once a drain finds the ring as full as `_HURRY`.
-DRAIN_S, HURRIED_DRAIN_S = 0.2, 0.02
+DRAIN_S, HURRIED_DRAIN_S = 0.1, 0.02
 _HURRY = 0.05
 #: Reconciliation with conntrack's table: while entries from before the start are left, and otherwise.
 RECONCILE_S, RECONCILE_IDLE_S = 60.0, 600.0

@@ -71,7 +71,7 @@ def capture_options(command: F) -> F:
                          help="Room for open connections (312 bytes of kernel memory each)."),
             click.option("--max-translations", type=click.IntRange(1, 1 << 24), default=131_072, show_default=True,
                          help="Room for conntrack entries (176 bytes of kernel memory each)."),
-            click.option("--ring-bytes", type=ring_size, metavar="SIZE", default="4MiB", show_default=True,
+            click.option("--ring-bytes", type=ring_size, metavar="SIZE", default="2MiB", show_default=True,
                          help="The ring buffer: a power of two; 208 bytes a record."),
         )
     ):  # fmt: skip

@@ -61,7 +61,7 @@ class Sizes:
 
     connections: int = 65_536
     translations: int = 131_072
-    ring_bytes: int = 4 << 20
+    ring_bytes: int = 2 << 20
     listeners: int = 4_096
     namespaces: int = 1_024
 
