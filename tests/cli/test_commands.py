@@ -11,18 +11,13 @@ import click
 import pytest
 from cli_world import HOSTILE, ROOT, environment, run, sentence
 from click.testing import CliRunner
+from privilege import nobody
 
 from tracer import schema
 from tracer.cli import main
 from tracer.cli.demo import CAUSES
 from tracer.errors import NoDataError, TracerError, UsageError
 from tracer.lab import scenario
-
-
-def _nobody() -> None:
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
 
 
 @pytest.mark.parametrize("name", ["", *main.commands])
@@ -115,7 +110,7 @@ def test_output_that_is_a_file_is_wrong_usage(tmp_path: Path) -> None:
 def test_without_root_it_says_run_as_root(name: str, tmp_path: Path) -> None:
     if os.getuid() != 0:
         pytest.skip("needs root, to give it up")
-    said = sentence(run(*name.format(tmp_path / "out").split(), preexec_fn=_nobody), 1)
+    said = sentence(run(*name.format(tmp_path / "out").split(), preexec_fn=nobody), 1)
     assert "Run as root" in said
     assert not (tmp_path / "out").exists()
 
@@ -123,12 +118,12 @@ def test_without_root_it_says_run_as_root(name: str, tmp_path: Path) -> None:
 def test_doctor_without_root_says_what_is_missing() -> None:
     if os.getuid() != 0:
         pytest.skip("needs root, to give it up")
-    done = run("doctor", preexec_fn=_nobody)
+    done = run("doctor", preexec_fn=nobody)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "MISSING  privilege" in done.stdout
     assert "cannot be traced" in done.stderr
-    as_json = run("doctor", "-o", "json", preexec_fn=_nobody)
+    as_json = run("doctor", "-o", "json", preexec_fn=nobody)
     assert as_json.returncode == 1
     states = {check["name"]: check["state"] for check in json.loads(as_json.stdout)}
     assert states["privilege"] == "missing"

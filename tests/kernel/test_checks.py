@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from privilege import nobody
 
 from tracer.errors import TracerError
 from tracer.kernel import checks
@@ -169,21 +170,14 @@ def test_a_directory_that_happens_to_be_called_bcc(tmp_path: Path) -> None:
     assert bcc_check(tmp_path)[:2] == [MISSING, "Python module not found"]
 
 
-#: Everything is imported before, because nobody may be unable to read where this is installed.
-_AS_NOBODY = """
-import os, sys
-import tracer.agent, tracer.kernel.checks, tracer.kernel.capture, json, pyarrow.parquet
-from tracer.cli import main
-os.setgroups([])
-os.setgid(65534)
-os.setuid(65534)
-main(sys.argv[1:], prog_name="vip-tracer")
-"""
-
-
 def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-c", _AS_NOBODY, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "tracer", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=nobody,
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr + done.stdout
