@@ -44,3 +44,4 @@ docs: setup
 bench: setup
 	$(BIN)/python -m tests.bench.ring_to_parquet
 	$(BIN)/python -m tests.bench.kernel_cost
+	$(BIN)/python -m tests.bench.node_process

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,18 +105,16 @@ def test_output_that_is_a_file_is_wrong_usage(tmp_path: Path) -> None:
         assert "is a file" in done.stderr
 
 
+@pytest.mark.needs("bpf")
 @pytest.mark.parametrize("name", ["agent --output {}", "observe", "demo --output {}"])
 def test_without_root_it_says_run_as_root(name: str, tmp_path: Path) -> None:
-    if os.getuid() != 0:
-        pytest.skip("needs root, to give it up")
     said = sentence(run(*name.format(tmp_path / "out").split(), preexec_fn=nobody), 1)
     assert "Run as root" in said
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.needs("bpf")
 def test_doctor_without_root_says_what_is_missing() -> None:
-    if os.getuid() != 0:
-        pytest.skip("needs root, to give it up")
     done = run("doctor", preexec_fn=nobody)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
