@@ -220,6 +220,13 @@ static __always_inline void connection_stands(const void *sk)
 #endif
 }
 
+/* The source port, of a connection that has not stood so far, or of which that was missed. */
+static __always_inline void learn_port(const void *sk, struct record *row)
+{
+	if (!row->tuple.src_port)
+		READ(row->tuple.src_port, sk, OFFSET_inet_sock__inet_sport);
+}
+
 /* One row: what is known, and what was added since the last one. False if the ring is full; then nothing of the
  * connection has changed and the next row carries it all. */
 static __always_inline bool emit(const void *sk, struct connection *connection, __u64 now, __u16 result, __u8 flags)
@@ -231,9 +238,15 @@ static __always_inline bool emit(const void *sk, struct connection *connection, 
 	record = bpf_ringbuf_reserve(RECORDS, sizeof(*record), 0);
 	if (!record)
 		return false;
+	learn_port(sk, row);
 	if (row->nat == NAT_UNKNOWN)
 		join(sk, row);
 	read_totals(sk, &totals);
+	/* What is sent again is counted before it is sent, so a total may fall back: no row holds less than none. */
+	if (totals.bytes_sent < connection->reported.bytes_sent)
+		totals.bytes_sent = connection->reported.bytes_sent;
+	if (totals.bytes_received < connection->reported.bytes_received)
+		totals.bytes_received = connection->reported.bytes_received;
 	READ(rtt, sk, OFFSET_tcp_sock__srtt_us);
 	*record = *row;
 	record->ts = now;
@@ -276,8 +289,7 @@ static __always_inline void finish(const void *sk, __u64 *key, struct connection
 		count(COUNT_LOST_END);
 		goto out;
 	}
-	if (!row->tuple.src_port) /* it never stood, or that was missed */
-		READ(row->tuple.src_port, sk, OFFSET_inet_sock__inet_sport);
+	learn_port(sk, row);
 #if !INCLUDE_LOOPBACK
 	if (is_loopback(&row->tuple.dst)) {
 		if (row->nat == NAT_UNKNOWN)

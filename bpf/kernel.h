@@ -9,9 +9,6 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
-#define IPPROTO_UDP 17
-#define IPPROTO_SCTP 132
-#define ECONNRESET 104
 #define EADDRNOTAVAIL 99
 #define EEXIST 17
 

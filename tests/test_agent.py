@@ -129,6 +129,23 @@ def test_a_refused_connection_has_its_backend(cluster: Cluster, tmp_path: Path) 
     assert (table.bytes_sent + table.bytes_received == 0).all()
 
 
+def test_a_connection_that_hangs_says_whom_it_waits_for(cluster: Cluster, tmp_path: Path) -> None:
+    for pod in cluster.backend_pods:
+        pod.netns.run(["iptables", "-A", "INPUT", "-p", "tcp", "--dport", "8080", "-j", "DROP"])
+    with agent(cluster, tmp_path / "data", "--interval", "500ms"):
+        ledger = cluster.clients[0].connect_many(2, cluster.vip(), SENDS, RECEIVES, timeout=2)
+    table = rows(tmp_path / "data").sort_values("ts")
+    assert len(ledger) == table.conn_id.nunique() == 2
+    for _, life in table.groupby("conn_id"):
+        assert len(life) >= 2
+        assert life.src_port.nunique() == 1
+        assert life.src_port.iloc[0] > 0
+        assert set(life.nat) == {"dnat"}
+        assert life.backend_ip.nunique() == 1
+        assert list(life.result)[-1] == "aborted"
+        assert life.result.isna().sum() == len(life) - 1
+
+
 def test_a_long_connection_has_a_row_per_interval_and_counts_nothing_twice(cluster: Cluster, tmp_path: Path) -> None:
     client = cluster.clients[0]
     with agent(cluster, tmp_path / "data", "--interval", "500ms"):

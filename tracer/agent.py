@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 #: How long the loop sleeps between two drains; much less once a drain finds the ring as full as `_HURRY`.
 DRAIN_S, HURRIED_DRAIN_S = 0.1, 0.02
 _HURRY = 0.05
-#: Reconciliation with conntrack's table: while entries from before the start are left, and otherwise.
+#: Reconciliation with conntrack's table: while entries are left whose end nobody will tell, and otherwise.
 RECONCILE_S, RECONCILE_IDLE_S = 60.0, 600.0
 #: How often connections are looked for whose end nobody saw.
 SWEEP_S = 60.0
@@ -64,7 +64,10 @@ class Rhythm:
         """Calls what is due, each at most once."""
         for number, (task, period) in enumerate(self._tasks):
             if now >= self._due[number]:
-                task()
+                try:
+                    task()
+                except (TracerError, OSError) as error:  # a passing want of memory or descriptors: next time, then
+                    _log.warning("a periodic task failed and will be tried again: %s", error)
                 self._due[number] = now + period()
 
 
@@ -97,7 +100,8 @@ def follow(
     Returns:
         Why it ended: the signal's name, "duration" or "finished".
     """
-    began, reason = time.monotonic(), ""
+    began, reason, sleep = time.monotonic(), "", DRAIN_S
+    reconciled = began
     rhythm = Rhythm(began)
 
     def hand_over() -> None:
@@ -105,14 +109,20 @@ def follow(
         if len(records):
             take(records)
 
+    def reconcile() -> None:
+        nonlocal reconciled
+        if capture.needs_reconciliation or time.monotonic() - reconciled >= RECONCILE_IDLE_S:
+            capture.reconcile(hand_over)
+            reconciled = time.monotonic()
+
     period = interim_period(capture.options.interval_s)
     rhythm.every(lambda: period, lambda: capture.interim(hand_over))
     rhythm.every(lambda: 1.0, clock.observe)
-    rhythm.every(lambda: RECONCILE_S if capture.needs_reconciliation else RECONCILE_IDLE_S, capture.reconcile)
+    rhythm.every(lambda: RECONCILE_S, reconcile)
     rhythm.every(lambda: SWEEP_S, capture.sweep)
     while True:
-        sleep = HURRIED_DRAIN_S if capture.fill() > _HURRY else DRAIN_S
         received = signal.sigtimedwait(STOP_SIGNALS, sleep)
+        sleep = HURRIED_DRAIN_S if capture.fill() > _HURRY else DRAIN_S
         hand_over()
         now = time.monotonic()
         if received is not None:
@@ -164,7 +174,7 @@ def run(options: AgentOptions) -> None:
         )
         try:
             _announce(options, capture, time.monotonic() - began)
-            reason = follow(capture, writer.put, clock, options.duration_s)
+            reason = follow(capture, writer.put, clock, options.duration_s, lambda: writer.failed)
         finally:
             writer.close()
         _conclude(reason, writer.snapshot().written, capture.counters(), writer.snapshot().lost)

@@ -18,7 +18,7 @@ MAX_PIECES = 4096
 
 
 class WallClock:
-    """Converts CLOCK_BOOTTIME to CLOCK_REALTIME; call `observe` now and then (each drain does)."""
+    """Converts CLOCK_BOOTTIME to CLOCK_REALTIME; call `observe` now and then (the agent does each second)."""
 
     def __init__(self, boot_ns: int | None = None, wall_ns: int | None = None) -> None:
         boot, wall = self._now() if boot_ns is None or wall_ns is None else (boot_ns, wall_ns)

@@ -28,6 +28,7 @@ from tracer.kernel.maps import (
     MODE_FLUSH,
     MODE_INTERIM,
     TRANSLATION,
+    ZONES,
     Maps,
     Sizes,
 )
@@ -56,7 +57,7 @@ def _boot_ns() -> int:
 
 
 class Capture:
-    """Attached programs and their maps; a context manager. One thread uses it."""
+    """Attached programs and their maps; a context manager. One thread uses it; `totals` may be called from another."""
 
     def __init__(self, options: Options) -> None:
         """Loads, attaches, and takes in what was there before.
@@ -66,14 +67,15 @@ class Capture:
         """
         self.options = options
         self.enobufs = 0
-        self._dumped_alive, self._kept = False, 0
+        self._dumped_alive, self._kept, self._enobufs_then = False, 0, 0
         self._dump_malformed = self._dump_lost = self._lost_end = 0
         self._filter = self._netns_filter()
         with contextlib.ExitStack() as undo:
             self.maps = Maps.create(options.sizes)
             undo.callback(self.maps.close)
             for inode in self._filter[1]:
-                libbpf.map_update(self.maps.netns_list, inode.to_bytes(4, "little"), b"\1")
+                if libbpf.map_update(self.maps.netns_list, inode.to_bytes(4, "little"), b"\1"):
+                    raise TracerError(f"At most {options.sizes.namespaces} namespaces can be chosen or left out.")
             self._descriptors = handover.load(self._job())
             undo.callback(self._detach)
             self._netlink = socket.socket(fileno=os.dup(self._descriptors["conntrack_socket"]))
@@ -179,6 +181,9 @@ class Capture:
         self.maps.set_control(CONTROL_PAUSE, _boot_ns())
         self._emit_all(MODE_FLUSH, hand_over)
         self.sweep()
+        # Detached before the last drain, so that nothing goes into a ring that nobody empties.
+        for name in ("socket_state", "socket_destroyed"):
+            os.close(self._descriptors.pop(name))
         hand_over()
 
     def _emit_all(self, mode: int, hand_over: Callable[[], object]) -> None:
@@ -232,27 +237,35 @@ class Capture:
 
     # -- translations ------------------------------------------------------------------------------------------------
 
-    def reconcile(self) -> None:
+    def reconcile(self, hand_over: Callable[[], object] = lambda: None) -> None:
         """Makes the translations map agree with conntrack's table.
 
         Inserts what is missing, and removes entries that conntrack no longer has: those born before anybody listened
         end without a DESTROY (nf_conntrack_events=2), and a DESTROY may be lost. What was born or inserted after the
         dump began is left alone.
 
+        Args:
+            hand_over: drains the ring; called in between, as a large table takes a while.
+
         Raises:
             TracerError: conntrack does not answer.
         """
+        earlier = _identity(*self._known())
         began = _boot_ns()
         with netns.entered(self.options.node_netns):
-            entries, malformed = conntrack.dump(began)
+            entries, malformed = conntrack.dump(began, hand_over)
         self._dump_malformed += malformed
+        self._remember_zones(entries["value"]["zone"])
         keys, values = self._translations()
+        hand_over()
         known = _identity(keys, values["ct_id"])
         listed = _identity(entries["key"], entries["value"]["ct_id"])
-        missing = entries[~np.isin(listed, known)]
+        # Also not what was known before the dump and is not now: it ended meanwhile.
+        missing = entries[~np.isin(listed, known) & ~np.isin(listed, earlier)]
         for key, value in zip(_elements(missing["key"], TUPLE), _elements(missing["value"], TRANSLATION), strict=True):
             refused = libbpf.map_update(self.maps.translations, key, value, libbpf.BPF_NOEXIST)
             self._dump_lost += refused == errno.E2BIG
+        hand_over()
         # A table that was not wholly understood is no reason to forget anything.
         gone = ~np.isin(known, listed) & (values["created"] <= began) & (not malformed)
         for key, ct_id in zip(_elements(keys[gone], TUPLE), values["ct_id"][gone], strict=True):
@@ -260,12 +273,28 @@ class Capture:
             if raw and np.frombuffer(raw, TRANSLATION)["ct_id"][0] == ct_id:
                 libbpf.map_delete(self.maps.translations, key)
         self._dumped_alive = bool(np.any(self._translations()[1]["source"] == NatSource.DUMP))
-        self._kept = self.maps.counters_now()["kept"]
+        self._kept, self._enobufs_then = self.maps.counters_now()["kept"], self.enobufs
 
     @property
     def needs_reconciliation(self) -> bool:
-        """Whether the translations map holds entries whose end nobody will tell: from before the start, or kept."""
-        return self._dumped_alive or self.maps.counters_now()["kept"] != self._kept
+        """Whether the map may hold entries whose end nobody will tell: from before the start, kept, or lost events."""
+        self._read_socket_error()
+        kept = self.maps.counters_now()["kept"]
+        return self._dumped_alive or kept != self._kept or self.enobufs != self._enobufs_then
+
+    def _known(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        keys, values = self._translations()
+        return keys, values["ct_id"]
+
+    def _remember_zones(self, zones: npt.NDArray[np.uint16]) -> None:
+        """Tells the programs of zones that only a dump has shown so far; as in bpf/conntrack.h, up to eight."""
+        slots = [int.from_bytes(libbpf.map_lookup(self.maps.zones, slot.to_bytes(4, "little"), 4) or b"", "little")
+                 for slot in range(ZONES)]  # fmt: skip
+        for zone in map(int, np.unique(zones)):
+            if zone and zone not in slots and 0 in slots:
+                slot = slots.index(0)
+                slots[slot] = zone
+                libbpf.map_update(self.maps.zones, slot.to_bytes(4, "little"), zone.to_bytes(4, "little"))
 
     def _translations(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return libbpf.map_items(self.maps.translations, TUPLE, TRANSLATION)

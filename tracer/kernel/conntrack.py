@@ -8,7 +8,7 @@ message begins.
 import errno
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -229,8 +229,12 @@ def decode(data: bytes, boot_ns: int, protocols: tuple[int, ...] = (6,)) -> tupl
     return entries[wanted], malformed
 
 
-def dump(boot_ns: int) -> tuple[npt.NDArray[Any], int]:
+def dump(boot_ns: int, between: Callable[[], object] = lambda: None) -> tuple[npt.NDArray[Any], int]:
     """The TCP entries of the calling thread's network namespace, and how many messages were not understood.
+
+    Args:
+        boot_ns: becomes `created`, CLOCK_BOOTTIME ns.
+        between: called after each datagram, as a large table takes a while.
 
     Raises:
         TracerError: conntrack does not answer.
@@ -240,4 +244,5 @@ def dump(boot_ns: int) -> tuple[npt.NDArray[Any], int]:
         entries, misfits = decode(data, boot_ns)
         parts.append(entries)
         malformed += misfits
+        between()
     return np.concatenate(parts, dtype=ENTRY) if parts else np.empty(0, ENTRY), malformed

@@ -49,6 +49,8 @@ TRANSLATION = np.dtype(
 
 MODE_ADOPT, MODE_INTERIM, MODE_FLUSH = range(3)
 CONTROL_MODE, CONTROL_PAUSE = range(2)
+#: Slots for conntrack zones other than 0.
+ZONES = 8
 
 #: What a preallocated hash element costs besides key and value: struct htab_elem (kernel/bpf/hashtab.c), 48 bytes;
 #: and its share of the bucket array: 16 bytes a bucket, the number of elements rounded up to a power of two.
@@ -125,7 +127,7 @@ class Maps:
             "control": (array, 4, 8, 2),
             "listeners": (hash_map, 8, 1, sizes.listeners),
             "netns_list": (hash_map, 4, 1, sizes.namespaces),
-            "zones": (array, 4, 4, 8),
+            "zones": (array, 4, 4, ZONES),
         }
         made: dict[str, int] = {}
         try:

@@ -120,6 +120,11 @@ class DatasetWriter:
         with self._changed:
             return self._counts
 
+    @property
+    def failed(self) -> bool:
+        """Whether the thread has died of a defect; `close` then says so."""
+        return self._error is not None
+
     def flush(self) -> None:
         """Publishes everything put so far, and a coverage row; returns when that is done or has failed."""
         with self._changed:
