@@ -49,7 +49,8 @@ struct translation {
 /* connections: socket pointer -> struct connection. Hash. Inserted at SYN_SENT and, for sockets older than the
  * tracer, by the iterator; deleted at CLOSE, which every TCP socket passes before it is freed (tcp_done,
  * tcp_disconnect), or else when the socket is destroyed. If the kernel showed neither (tracer.c), the iterator's
- * sweep removes it, and an entry is used only for the socket whose ports it has. Read by the iterator. Full: COUNT_LOST_CONNECTION_MAP. */
+ * sweep removes it, and an entry is used only for the socket whose ports it has. Read by the iterator. Full:
+ * COUNT_LOST_CONNECTION_MAP. */
 #define CONNECTIONS MAP(CONNECTIONS_FD)
 
 /* translations: struct tuple -> struct translation. Hash. Inserted at conntrack's NEW and by the dump at the start
