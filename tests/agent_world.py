@@ -42,13 +42,17 @@ class Agent:
 
 @contextmanager
 def agent(cluster: Cluster, output: Path, *options: str, node: str = "node-1", scope: bool = True) -> Iterator[Agent]:
-    """Starts the agent and waits until it is ready; kills it at the end if it still runs."""
+    """Starts the agent of that node and waits until it is ready; kills it at the end if it still runs.
+
+    With `scope` it traces the sockets of the node's own namespace and of its pods alone: other tests share the kernel.
+    """
     ready = output.parent / f"{output.name}.{node}.ready"
     ready.unlink(missing_ok=True)
-    pods = [pod.netns.path for pod in (*cluster.client_pods, *cluster.backend_pods)]
-    scoped = [part for path in (cluster.node.path, *pods) for part in ("--only-netns", path)] if scope else []
+    where = next(made for made in cluster.nodes if made.name == node)
+    pods = [pod.netns.path for pod in (*cluster.client_pods, *cluster.backend_pods) if pod.node is where]
+    scoped = [part for path in (where.netns.path, *pods) for part in ("--only-netns", path)] if scope else []
     command = [sys.executable, "-m", "tracer", "agent", "--output", str(output), "--node", node]
-    command += ["--netns", cluster.node.path, *scoped, "--ready-file", str(ready), *options]
+    command += ["--netns", where.netns.path, *scoped, "--ready-file", str(ready), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd="/", env={**os.environ, "PYTHONPATH": _root()})
     running = Agent(output, process, node)
     try:

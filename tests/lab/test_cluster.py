@@ -1,13 +1,14 @@
 """A real cluster: where connections go, against the node's conntrack and the backends' own ledgers."""
 
 import errno
-import re
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import witness
+from witness import Where, entries
 
 from tracer.errors import TracerError, UsageError
 from tracer.lab.cluster import Cluster
@@ -17,31 +18,15 @@ from tracer.lab.traffic import addresses
 
 pytestmark = pytest.mark.needs("netns", "iptables")
 
-ENTRY = re.compile(
-    r"^tcp .* src=(?P<client>\S+) dst=(?P<vip>\S+) sport=(?P<port>\d+) dport=(?P<vip_port>\d+)"
-    r".* src=(?P<backend>\S+) dst=(?P<snat>\S+) sport=(?P<backend_port>\d+) dport=(?P<snat_port>\d+)"
-)
 
-
-def translations(cluster: Cluster, family: int = 4) -> dict[tuple[str, int, str], tuple[str, int]]:
+def translations(cluster: Cluster, family: int = 4) -> dict[tuple[str, int, str], Where]:
     """(client, port, virtual IP) → (backend, port), as `conntrack -L` in the node has it."""
-    found = {}
-    for line in cluster.node.run(["conntrack", "-L", "-p", "tcp", "-f", f"ipv{family}"]).splitlines():
-        match = ENTRY.match(line)
-        assert match, line
-        found[match["client"], int(match["port"]), match["vip"]] = (match["backend"], int(match["backend_port"]))
-    return found
+    return {(*entry.client, entry.dialled[0]): entry.backend for entry in entries(cluster.node, family)}
 
 
-def accepted(cluster: Cluster) -> dict[tuple[str, int], tuple[str, int]]:
+def accepted(cluster: Cluster) -> dict[Where, Where]:
     """(client, port) → (backend, port), as the backends have it."""
-    found: dict[tuple[str, int], tuple[str, int]] = {}
-    for server in cluster.servers:
-        rows = server.ledger()
-        peers = zip(addresses(rows["peer"]), rows["peer_port"].tolist(), strict=True)
-        locals_ = zip(addresses(rows["local"]), rows["local_port"].tolist(), strict=True)
-        found.update(zip(peers, locals_, strict=True))
-    return found
+    return dict(witness.accepted(cluster.servers).keys())
 
 
 def assert_fair(counts: list[int]) -> None:

@@ -1,133 +1,45 @@
-"""The process that dials from a pod, and keeps a ledger of every connection it attempted.
+"""The process that dials from a pod, and keeps a ledger of every connection it attempted and every flow it made.
 
-Knows blocking connections, one after the other, and connections held open. Whom it dials and when are the
-parent's business. Standard library only.
+Knows the parent's requests: which connections and flows are made, and when. How one is made is in `connection`,
+`connects` (the stranger ways) and `flow` (UDP). Standard library only.
 """
 
-import errno
 import gc
-import os
-import select
-import socket
-import struct
+import itertools
 import sys
 import time
 from typing import Any
 
 from tracer.lab import child, wire
-
-_CHUNK = 1 << 18
-_ZEROS = memoryview(bytes(_CHUNK))
-_ABORT = struct.pack("ii", 1, 0)
-
-
-class Connection:
-    """One attempt to connect, and what became of it."""
-
-    __slots__ = ("ended", "error", "established", "local", "number", "peer", "received", "sent", "socket", "started")
-
-    def __init__(self, number: int, peer: tuple[str, int]) -> None:
-        self.number = number
-        self.peer = peer
-        self.local: tuple[str, int] = ("::" if ":" in peer[0] else "0.0.0.0", 0)
-        self.started = wire.now()
-        self.established = self.ended = self.sent = self.received = self.error = 0
-        self.socket = socket.socket(socket.AF_INET6 if ":" in peer[0] else socket.AF_INET, socket.SOCK_STREAM)
-
-    def connect(self, timeout: float | None) -> bool:
-        """Connects; true if it stands. With a timeout (seconds) it gives up then, noting ECANCELED."""
-        try:
-            if timeout is None:
-                self.socket.connect(self.peer)
-            else:
-                self._connect_within(timeout)
-        except OSError as error:
-            self.error = error.errno or errno.EIO
-            self.close()
-            return False
-        self.established = wire.now()
-        self.local = self.socket.getsockname()[:2]
-        return True
-
-    def _connect_within(self, timeout: float) -> None:
-        self.socket.setblocking(False)
-        error = self.socket.connect_ex(self.peer)
-        self.local = self.socket.getsockname()[:2]
-        if error == errno.EINPROGRESS:
-            poll = select.poll()
-            poll.register(self.socket, select.POLLOUT)
-            if not poll.poll(timeout * 1000):
-                raise OSError(errno.ECANCELED, "given up")
-            error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            raise OSError(error, os.strerror(error))
-        self.socket.setblocking(True)
-
-    def exchange(self, sends: int, receives: int, buffer: memoryview) -> bool:
-        """Sends so many bytes (the header included) and takes so many; true if both were done."""
-        try:
-            if sends:
-                rest = sends - wire.HEADER.size
-                first = min(rest, _CHUNK)
-                self._send(wire.HEADER.pack(rest, receives) + _ZEROS[:first])
-                rest -= first
-                while rest:
-                    part = min(rest, _CHUNK)
-                    self._send(_ZEROS[:part])
-                    rest -= part
-            while receives:
-                count = self.socket.recv_into(buffer, min(receives, _CHUNK))
-                if count == 0:
-                    raise OSError(errno.ENODATA, "closed by the server")
-                receives -= count
-                self.received += count
-        except OSError as error:
-            self.error = error.errno or errno.EIO
-            return False
-        return True
-
-    def _send(self, data: bytes | memoryview) -> None:
-        while data:
-            count = self.socket.send(data)
-            self.sent += count
-            data = data[count:]
-
-    def close(self, reset: bool = False) -> None:
-        """Closes, with a RST if so wished."""
-        if reset:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
-        self.socket.close()
-        self.ended = wire.now()
-
-    def row(self) -> bytes:
-        """Its ledger row as it is now."""
-        return wire.ROW.pack(
-            self.started, self.established, self.ended, self.sent, self.received, wire.packed(self.local[0]),
-            wire.packed(self.peer[0]), self.local[1], self.peer[1], self.error, os.getpid(), self.number,
-        )  # fmt: skip
+from tracer.lab.connection import CHUNK, Address, Connection, Dial, UnableError, blocking, within
+from tracer.lab.connects import WAYS, Task, tcp_socket
+from tracer.lab.flow import Flow
 
 
 class Client:
     """Carries out the parent's requests, one after the other."""
 
     def __init__(self) -> None:
-        self.buffer = memoryview(bytearray(_CHUNK))
+        self.buffer = memoryview(bytearray(CHUNK))
         self.rows = bytearray()
-        self.held: dict[int, Connection] = {}
-        self.attempted = self.established = 0
+        self.held: dict[int, Connection | Flow] = {}
+        self.number = itertools.count().__next__  # of connections and flows
+        self.attempted = self.established = self.flows = 0
 
-    def attempt(self, peer: tuple[str, int], timeout: float | None) -> tuple[Connection, bool]:
-        """One connection, and whether it stands."""
-        connection = Connection(self.attempted, peer)
+    def attempt(self, peer: Address, dial: Dial, bind: Address | None = None) -> Connection:
+        """One connection; closed if it does not stand."""
+        connection = Connection(self.number(), peer, tcp_socket(peer, bind))
         self.attempted += 1
-        stands = connection.connect(timeout)
-        self.established += stands
-        return connection, stands
+        if connection.connect(dial):
+            self.established += 1
+        else:
+            connection.close()
+        return connection
 
     def connect_many(self, request: dict[str, Any]) -> bytes:
         """Connects, exchanges and closes, time after time."""
         peer = (request["address"], request["port"])
-        sends, receives, timeout = request["sends"], request["receives"], request["timeout"]
+        sends, receives, dial = request["sends"], request["receives"], _dial(request["timeout"])
         pause = 1 / request["rate"] if request["rate"] else 0.0
         due = time.monotonic()
         begin = len(self.rows)
@@ -135,27 +47,74 @@ class Client:
             if pause:
                 time.sleep(max(0.0, due - time.monotonic()))
                 due += pause
-            connection, stands = self.attempt(peer, timeout)
-            if stands:
+            connection = self.attempt(peer, dial)
+            if connection.established:
                 connection.exchange(sends, receives, self.buffer)
                 connection.close()
             self.rows += connection.row()
         return bytes(self.rows[begin:])
 
-    def hold(self, request: dict[str, Any]) -> bytes:
-        """Opens connections and keeps those that stand."""
+    def connect_as(self, request: dict[str, Any]) -> bytes:
+        """Connects in one of the `connects.WAYS`, time after time."""
+        peer, options = (request["address"], request["port"]), request["options"]
+        way, _ = WAYS[request["how"]]
         rows = bytearray()
         for _ in range(request["count"]):
-            connection, stands = self.attempt((request["address"], request["port"]), request["timeout"])
-            if stands:
-                self.held[connection.number] = connection
-            else:
-                self.rows += connection.row()
-            rows += connection.row()
+            task = Task(self.number, peer, request["sends"], request["receives"], self.buffer, options)
+            try:
+                way(task)
+            finally:  # what was attempted is in the ledger, also if it could not be gone on with
+                for connection in task.attempts:
+                    self.attempted += 1
+                    self.established += bool(connection.established)
+                    if not connection.ended and not options.get("keep"):
+                        connection.close()
+                    rows += self.keep(connection)
         return bytes(rows)
 
+    def keep(self, connection: Connection | Flow) -> bytes:
+        """Holds it if it is open, else files its row, which is returned."""
+        row = connection.row()
+        if connection.ended:
+            self.rows += row
+        else:
+            self.held[connection.number] = connection
+        return row
+
+    def hold(self, request: dict[str, Any]) -> bytes:
+        """Opens connections and keeps those that stand; with `bind`, each from the next port."""
+        rows = bytearray()
+        dial = _dial(request["timeout"])
+        for index in range(request["count"]):
+            bind = request["bind"] and (request["bind"][0], request["bind"][1] and request["bind"][1] + index)
+            rows += self.keep(self.attempt((request["address"], request["port"]), dial, bind))
+        return bytes(rows)
+
+    def datagrams(self, request: dict[str, Any]) -> bytes:
+        """Makes UDP flows, one after the other, and exchanges on each.
+
+        None is closed before the last is done: so the kernel cannot give two of them the same port.
+        """
+        peer, first = (request["address"], request["port"]), request["source_port"]
+        flows: list[Flow] = []
+        try:
+            for index in range(request["flows"]):
+                port = first and first + index
+                flow = Flow(self.number(), peer, request["connected"], port, request["timeout"])
+                flows.append(flow)
+                self.flows += 1
+                for _ in range(request["times"]):
+                    if flow.error or not flow.exchange(request["sends"], request["receives"], self.buffer):
+                        break
+        finally:
+            if not request["keep"]:
+                for flow in flows:
+                    flow.close()
+            rows = b"".join(self.keep(flow) for flow in flows)
+        return rows
+
     def exchange(self, request: dict[str, Any]) -> bytes:
-        """Exchanges on held connections, round robin; a failed one is left alone."""
+        """Exchanges on held connections and flows, round robin; a failed one is left alone."""
         chosen = [self.held[number] for number in request["numbers"]]
         for connection in chosen * request["times"]:
             if not connection.error:
@@ -163,20 +122,40 @@ class Client:
         return b"".join(connection.row() for connection in chosen)
 
     def close(self, request: dict[str, Any]) -> bytes:
-        """Closes held connections."""
+        """Closes held connections and flows."""
         rows = bytearray()
         for number in request["numbers"]:
-            connection = self.held.pop(number)
-            connection.close(request["reset"])
-            rows += connection.row()
-        self.rows += rows
+            connection = self.held[number]
+            if isinstance(connection, Flow):
+                if request["half"] or request["reset"]:
+                    raise UnableError(f"release number {number} by half or with a RST: it is a UDP flow")
+                connection.close()
+            elif request["half"]:
+                connection.close_half(self.buffer)
+            else:
+                connection.close(request["reset"])
+            del self.held[number]
+            rows += self.keep(connection)
         return bytes(rows)
+
+    def totals(self) -> dict[str, int]:
+        """Connections (attempted, established, held) and flows."""
+        return {
+            "attempted": self.attempted,
+            "established": self.established,
+            "held": sum(isinstance(held, Connection) for held in self.held.values()),
+            "flows": self.flows,
+        }
 
     def answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """What the parent gets for its request."""
         match request["do"]:
             case "connect":
                 return {}, self.connect_many(request)
+            case "connect as":
+                return {}, self.connect_as(request)
+            case "datagrams":
+                return {}, self.datagrams(request)
             case "hold":
                 return {}, self.hold(request)
             case "exchange":
@@ -186,10 +165,13 @@ class Client:
             case "ledger":
                 return {}, bytes(self.rows) + b"".join(c.row() for c in self.held.values())
             case "totals":
-                totals = {"attempted": self.attempted, "established": self.established, "held": len(self.held)}
-                return totals, b""
+                return self.totals(), b""
             case other:
                 return {"error": f"no such request: {other}"}, b""
+
+
+def _dial(timeout: float | None) -> Dial:
+    return blocking if timeout is None else within(timeout)
 
 
 def main(arguments: list[str]) -> None:
@@ -204,6 +186,8 @@ def main(arguments: list[str]) -> None:
                 reply, data = client.answer(request)
             except KeyError as error:
                 reply, data = {"error": f"{request['do']}: connection {error} is not open"}, b""
+            except UnableError as error:
+                reply, data = {"error": str(error)}, b""
             except OSError as error:  # no more descriptors, say
                 reply, data = {"error": f"{request['do']}: {error.strerror}"}, b""
             wire.send(1, reply, data)

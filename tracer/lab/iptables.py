@@ -23,8 +23,7 @@ class Loader:
         self._namespace = namespace
         self._pod_cidr = pod_cidr
         self._choices = list(BACKENDS) if backend == "auto" else [backend]
-        self._loaded: set[str] = set()
-        self._first = True
+        self._loaded: tuple[rules.Service, ...] | None = None
         self._program = "ip6tables" if ipaddress.ip_network(pod_cidr).version == 6 else "iptables"
 
     @property
@@ -33,9 +32,12 @@ class Loader:
         return self._choices[0]
 
     def load(self, services: Sequence[rules.Service]) -> None:
-        """Replaces the rules by those for these services. Raises TracerError with what iptables said."""
-        wanted = rules.chains(services)
-        text = rules.document(services, self._pod_cidr, first=self._first, stale=self._loaded - wanted)
+        """Replaces the rules by those for these services. Raises TracerError with what iptables said.
+
+        Connections stay where they are, and so do the clients of a service with session affinity: the new rules take
+        over a list of `xt_recent` by its name before the old ones let go of it.
+        """
+        text = rules.document(services, self._pod_cidr, self._loaded)
         failures: list[TracerError] = []
         for backend in list(self._choices):
             try:
@@ -44,8 +46,7 @@ class Loader:
                 failures.append(error)
                 continue
             self._choices = [backend]
-            self._first = False
-            self._loaded = wanted
+            self._loaded = tuple(services)
             return
         raise TracerError("; ".join(str(failure) for failure in failures))
 

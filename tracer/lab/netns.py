@@ -23,7 +23,13 @@ Result = TypeVar("Result")
 #: How long a fresh namespace, or the end of a killed process, may take on a machine that is very busy.
 PATIENCE_SECONDS = 30.0
 
-_PACKAGES = {"ip": "iproute2", "iptables": "iptables", "ip6tables": "iptables", "conntrack": "conntrack"}
+_PACKAGES = {
+    "ip": "iproute2",
+    "iptables": "iptables",
+    "ip6tables": "iptables",
+    "conntrack": "conntrack",
+    "nft": "nftables",
+}
 
 
 def missing(program: str) -> TracerError:

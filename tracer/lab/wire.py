@@ -1,4 +1,4 @@
-"""What the lab's workers and their parent say to each other, and what one connection's ledger row holds.
+"""What the lab's workers and their parent say to each other, and what the ledger row of a connection or flow holds.
 
 Knows bytes only. Standard library only: the workers import it.
 """
@@ -14,13 +14,13 @@ from typing import Any
 #: Every message, both ways: length of the JSON, length of the bytes that follow it.
 _FRAME = struct.Struct("<IQ")
 
-#: What a client sends before each exchange: bytes that follow, bytes it wants back.
+#: What a client sends before each exchange: bytes that follow, bytes it wants back. A datagram begins with it too.
 HEADER = struct.Struct("<II")
 
-#: One connection, as one end saw it; `traffic.LEDGER` is the same in NumPy. CLOCK_BOOTTIME nanoseconds
+#: One connection or flow, as one end saw it; `traffic.LEDGER` is the same in NumPy. CLOCK_BOOTTIME nanoseconds
 #: (started, established, ended), application bytes (sent, received), v4-mapped addresses (local, peer), their
-#: ports, errno, pid, number.
-ROW = struct.Struct("<qqqQQ16s16sHHIII")
+#: ports, errno, pid, number, IP protocol, datagrams (sent, received).
+ROW = struct.Struct("<qqqQQ16s16sHHIIIIII")
 
 _MAPPED = b"\0" * 10 + b"\xff\xff"
 
