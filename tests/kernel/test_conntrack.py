@@ -1,125 +1,53 @@
 """ctnetlink's dump: messages made by hand, damaged at random, and the kernel's own against conntrack(8)."""
 
 import errno
-import ipaddress
+import socket
 import struct
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from conntrack_messages import (
+    BOOT_NS,
+    DESTROY,
+    DONE,
+    GRE,
+    ICMP,
+    NO_TIMEOUT,
+    SCTP,
+    TCP,
+    UDP,
+    V4,
+    V6,
+    Entry,
+    Node,
+    Row,
+    attribute,
+    encode,
+    mapped,
+    nest,
+    rows,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tracer.errors import TracerError
 from tracer.kernel import conntrack, netns
 from tracer.lab.cluster import Cluster
-from tracer.record import Nat, NatSource
-
-TCP, UDP, ICMP, GRE = 6, 17, 1, 47
-BOOT_NS = 123_456_789
-DONE = struct.pack("<IHHIIi", 20, 3, 2, 1, 0, 0)
-
-
-def attribute(kind: int, payload: bytes) -> bytes:
-    return struct.pack("<HH", 4 + len(payload), kind) + payload + bytes(-len(payload) % 4)
-
-
-def nest(kind: int, *parts: bytes) -> bytes:
-    return attribute(kind | 0x8000, b"".join(parts))
+from tracer.lab.netns import Namespace
+from tracer.record import Nat
 
 
 def error(code: int) -> bytes:
     return struct.pack("<IHHIIi", 36, 2, 0, 1, 0, -code) + bytes(16)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One conntrack entry, and its message as ctnetlink_fill_info() writes it."""
-
-    src: str = "10.0.0.1"
-    dst: str = "10.96.0.1"
-    sport: int = 40_000
-    dport: int = 80
-    back_src: str = "10.0.0.9"
-    back_dst: str = "10.0.0.1"
-    back_sport: int = 8080
-    back_dport: int = 40_000
-    protocol: int = TCP
-    zone: int = 0
-    id: int = 0xDEADBEEF
-
-    def half(self, kind: int, src: str, dst: str, sport: int, dport: int) -> bytes:
-        addresses = [ipaddress.ip_address(address) for address in (src, dst)]
-        first = 1 if addresses[0].version == 4 else 3
-        parts = [attribute(first + i, address.packed) for i, address in enumerate(addresses)]
-        proto = [attribute(1, bytes([self.protocol]))]
-        if self.protocol == ICMP:
-            proto += [attribute(4, b"\0\1"), attribute(5, b"\x08"), attribute(6, b"\0")]
-        elif self.protocol != GRE:
-            proto += [attribute(2, struct.pack(">H", sport)), attribute(3, struct.pack(">H", dport))]
-        return nest(kind, nest(1, *parts), nest(2, *proto))
-
-    def original(self) -> bytes:
-        return self.half(1, self.src, self.dst, self.sport, self.dport)
-
-    def reply(self) -> bytes:
-        return self.half(2, self.back_src, self.back_dst, self.back_sport, self.back_dport)
-
-    def attributes(self) -> list[bytes]:
-        return [
-            self.original(),
-            self.reply(),
-            *([attribute(18, struct.pack(">H", self.zone))] if self.zone else []),
-            attribute(3, struct.pack(">I", 0x1AE)),  # CTA_STATUS
-            attribute(7, struct.pack(">I", 431_999)),  # CTA_TIMEOUT
-            nest(9, attribute(1, bytes(8)), attribute(2, bytes(8))),  # CTA_COUNTERS_ORIG
-            nest(4, nest(1, attribute(1, b"\3"))),  # CTA_PROTOINFO
-            attribute(12, struct.pack(">I", self.id)),
-            attribute(11, struct.pack(">I", 1)),  # CTA_USE
-        ]
-
-    def message(self, attributes: Iterable[bytes] | None = None) -> bytes:
-        body = b"".join(self.attributes() if attributes is None else attributes)
-        family = 2 if "." in self.src else 10
-        return struct.pack("<IHHIIBBH", 20 + len(body), 0x100, 2, 1, 0, family, 0, 0) + body
-
-    def seen(self) -> tuple[object, ...]:
-        """As `rows` shows a decoded one."""
-        nat = Nat.DNAT if (self.dst, self.dport) != (self.back_src, self.back_sport) else Nat.UNKNOWN
-        nat |= Nat.SNAT if (self.src, self.sport) != (self.back_dst, self.back_dport) else Nat.UNKNOWN
-        return (
-            *(mapped(address) for address in (self.src, self.dst, self.back_src, self.back_dst)),
-            *(self.sport, self.dport, self.back_sport, self.back_dport),
-            *(self.protocol, self.zone, self.zone, self.id, nat or Nat.NONE, NatSource.DUMP, BOOT_NS),
-        )
-
-
-V4 = Entry()
-V6 = Entry("fd00::1", "fd00:96::1", back_src="fd00::9", back_dst="fd00::1")
-
-
-def mapped(address: str) -> bytes:
-    parsed = ipaddress.ip_address(address)
-    return parsed.packed if parsed.version == 6 else bytes(10) + b"\xff\xff" + parsed.packed
-
-
-def rows(entries: np.ndarray) -> list[tuple[object, ...]]:
-    return [
-        (
-            *(bytes(raw) for raw in (key["src"], key["dst"], value["backend"], value["snat"])),
-            *(int(n) for n in (key["src_port"], key["dst_port"], value["backend_port"], value["snat_port"])),
-            *(int(n) for n in (key["protocol"], key["zone"], value["zone"], value["ct_id"])),
-            *(int(n) for n in (value["nat"], value["source"], value["created"])),
-        )
-        for key, value in zip(entries["key"], entries["value"], strict=True)
-    ]
-
-
-def decoded(data: bytes, **options: tuple[int, ...]) -> tuple[list[tuple[object, ...]], int]:
-    entries, malformed = conntrack.decode(data, BOOT_NS, **options)
-    return rows(entries), malformed
+def decoded(data: bytes, **options: tuple[int, ...]) -> tuple[list[Row], int]:
+    found = conntrack.decode(data, BOOT_NS, **options)
+    assert found.directional == 0
+    return rows(found.entries), found.malformed
 
 
 @pytest.mark.parametrize(
@@ -136,34 +64,84 @@ def decoded(data: bytes, **options: tuple[int, ...]) -> tuple[list[tuple[object,
         replace(V6, back_dport=61_001),
         replace(V4, back_src="10.96.0.1", back_sport=80, back_dst="172.30.0.2"),
         replace(V4, sport=1, dport=65_535, id=1),
+        replace(V4, protocol=UDP),
+        replace(V6, protocol=SCTP, state=4),
+        replace(V4, counters=None),
+        replace(V4, counters=(0, 0, 0, 0)),  # counted, and nothing was
+        replace(V4, counters=((1 << 64) - 1, 1 << 63, 1, 1 << 32)),
+        replace(V4, counters=(1, 2, 3, (1 << 32) - 1), narrow=True),
+        replace(V4, timeout=None),
+        replace(V4, timeout=0),
+        replace(V4, state=None, status=None, started=None),
+        replace(V4, state=255, status=(1 << 32) - 1, started=(1 << 64) - 1),
     ],
 )
 def test_an_entry_and_its_rewrite(entry: Entry) -> None:
-    assert decoded(entry.message()) == ([entry.seen()], 0)
+    assert decoded(entry.message()) == ([entry.row()], 0)
 
 
 def test_several_messages_and_several_datagrams() -> None:
     many = [replace(V4, sport=1 + i, id=i, zone=i % 3) if i % 2 else replace(V6, sport=1 + i, id=i) for i in range(500)]
     data = b"".join(entry.message() for entry in many) + DONE
-    assert decoded(data) == ([entry.seen() for entry in many], 0)
+    assert decoded(data) == ([entry.row() for entry in many], 0)
 
 
 def test_other_protocols_are_neither_entries_nor_malformed() -> None:
-    others = [replace(V4, protocol=protocol) for protocol in (UDP, ICMP, GRE)]
-    data = b"".join(entry.message() for entry in (*others, V4))
-    assert decoded(data) == ([V4.seen()], 0)
-    assert decoded(data, protocols=(TCP, UDP)) == ([others[0].seen(), V4.seen()], 0)
+    by_protocol = {protocol: replace(V4, protocol=protocol) for protocol in (UDP, ICMP, GRE, SCTP, 0, TCP)}
+    data = b"".join(entry.message() for entry in by_protocol.values())
+    assert decoded(data) == ([by_protocol[protocol].row() for protocol in (UDP, SCTP, TCP)], 0)
+    assert decoded(data, protocols=(TCP,)) == ([by_protocol[TCP].row()], 0)
+    assert decoded(data, protocols=()) == ([], 0)
+
+
+@pytest.mark.parametrize("direction", [1, 2])
+@pytest.mark.parametrize("entry", [V4, V6, replace(V4, protocol=UDP)])
+def test_a_zone_of_one_direction_is_understood_and_not_usable(entry: Entry, direction: int) -> None:
+    data = V4.message() + replace(entry, zone=7, direction=direction).message() + V6.message()
+    found = conntrack.decode(data, BOOT_NS)
+    assert (rows(found.entries), found.malformed, found.directional) == ([V4.row(), V6.row()], 0, 1)
+    other = conntrack.decode(replace(V4, protocol=ICMP, zone=7, direction=direction).message(), BOOT_NS)
+    assert (len(other.entries), other.malformed, other.directional) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [Node(9, [Node(1, bytes(8)), Node(2, bytes(8))])],  # one direction
+        [Node(9, [Node(1, bytes(8)), Node(2, bytes(8))]), Node(10, [Node(1, bytes(8))])],  # no bytes
+        [Node(9, []), Node(10, [])],
+    ],
+)
+def test_counters_that_are_not_all_there_are_none(nodes: list[Node]) -> None:
+    entry = replace(V4, counters=None)
+    assert decoded(entry.message([*entry.attributes(), encode(nodes)])) == ([entry.row()], 0)
+
+
+def test_a_state_is_that_of_its_own_protocol() -> None:
+    both = encode([Node(4, [Node(1, [Node(1, b"\5")]), Node(3, [Node(1, b"\6")])])])
+    for protocol, state in ((TCP, 5), (SCTP, 6), (UDP, 0)):
+        entry = replace(V4, protocol=protocol, state=None)
+        assert decoded(entry.message([both, *entry.attributes()])) == ([entry.row()._replace(state=state)], 0)
+
+
+def test_of_two_attributes_the_last_counts() -> None:
+    """As nla_parse() has it; nothing of the first is mixed in."""
+    first, last = replace(V4, dst="9.9.9.9", back_src="8.8.8.8", id=1, state=9), replace(V6, counters=(1, 2, 3, 4))
+    assert decoded(last.message(first.attributes() + last.attributes())) == ([last.row()], 0)
 
 
 @given(st.permutations(replace(V4, zone=9).attributes()))
 def test_attributes_in_any_order(attributes: list[bytes]) -> None:
     entry = replace(V4, zone=9)
-    assert decoded(entry.message(attributes)) == ([entry.seen()], 0)
+    assert decoded(entry.message(attributes)) == ([entry.row()], 0)
 
 
 def test_attributes_nobody_knows_are_passed_over() -> None:
     unknown = [attribute(99, b"x" * n) for n in range(5)] + [nest(100, attribute(1, b"y"))]
-    assert decoded(V4.message([*unknown, *V4.attributes(), *unknown])) == ([V4.seen()], 0)
+    assert decoded(V4.message([*unknown, *V4.attributes(), *unknown])) == ([V4.row()], 0)
+
+
+ORIGINAL, REPLY = V4.attributes()[:2]
 
 
 def spoilt_tuple(*parts: bytes) -> list[bytes]:
@@ -178,10 +156,10 @@ PORTS = nest(2, attribute(1, b"\6"), attribute(2, b"\0\1"), attribute(3, b"\0\2"
     "attributes",
     [
         V4.attributes()[1:],  # no original tuple
-        [V4.original(), *V4.attributes()[2:]],  # no reply
-        [V4.original(), V4.reply()],  # no id: it could not be told from the next entry with this tuple
+        [ORIGINAL, *V4.attributes()[2:]],  # no reply
+        [ORIGINAL, REPLY],  # no id: it could not be told from the next entry with this tuple
         [],
-        [V4.original(), V4.reply(), attribute(12, bytes(4))[:4]],  # an id that would lie in the next message
+        [ORIGINAL, REPLY, attribute(12, bytes(4))[:4]],  # an id that would lie in the next message
         [b"\0\0\1\x80", *V4.attributes()],  # an attribute of length zero: nothing behind it can be found
         spoilt_tuple(IPV4),
         spoilt_tuple(PORTS),
@@ -190,29 +168,44 @@ PORTS = nest(2, attribute(1, b"\6"), attribute(2, b"\0\1"), attribute(3, b"\0\2"
         spoilt_tuple(nest(1, attribute(1, b"\1\2\3"), attribute(2, b"\5\6\7\x08")), PORTS),
         spoilt_tuple(nest(1, attribute(1, b"\1\2\3\4"), attribute(4, bytes(16))), PORTS),  # two families
         spoilt_tuple(nest(1, attribute(3, b"\1" * 16), attribute(4, bytes(16)), attribute(1, b"\1\2\3\4")), PORTS),
-        spoilt_tuple(IPV4[:-1] + b"\x99" + PORTS, attribute(3, b"\0\7")),  # a zone for one direction
+        spoilt_tuple(IPV4, PORTS, attribute(3, b"\7")),  # a zone of one direction, of one byte
+        spoilt_tuple(IPV4, nest(2, attribute(1, b"\x11"), attribute(2, b"\0\1"), attribute(3, b"\0\2"))),  # UDP there
+        [*V4.attributes(), attribute(7, bytes(2))],  # what need not be there, but cannot be so
+        [*V4.attributes(), attribute(3, bytes(8))],
+        [*V4.attributes(), attribute(18, bytes(4))],
+        [*V4.attributes(), nest(20, attribute(1, bytes(4)))],
+        [*V4.attributes(), nest(9, attribute(1, bytes(4)))],
+        [*V4.attributes(), nest(4, nest(1, attribute(1, bytes(2))))],
+        [*V4.attributes(), nest(9, b"\x40\0\1\0")],  # a counter longer than its nest
+        [*V4.attributes(), b"\x08\0\x63\0"],  # an unknown attribute longer than the message
+        [*V4.attributes(), b"\0\0\0\0"],
         spoilt_tuple(struct.pack("<HH", 400, 0x8001) + IPV4[4:], PORTS),  # a nest longer than what holds it
-        [V4.original(), V6.reply(), *V4.attributes()[2:]],
+        [ORIGINAL, V6.attributes()[1], *V4.attributes()[2:]],
     ],
 )
 def test_what_is_not_understood_is_counted_and_its_neighbours_are_not_hurt(attributes: list[bytes]) -> None:
     first, last = replace(V4, sport=1), replace(V6, sport=2)
     data = first.message() + V4.message(attributes) + last.message()
-    assert decoded(data) == ([first.seen(), last.seen()], 1)
+    assert decoded(data) == ([first.row(), last.row()], 1)
+
+
+def test_what_belongs_in_no_dump_is_counted() -> None:
+    data = V4.message() + V4.message(kind=DESTROY) + V4.message(kind=0x200) + V6.message()
+    assert decoded(data) == ([V4.row(), V6.row()], 2)
 
 
 def test_a_truncated_datagram_gives_what_is_whole_and_says_that_something_is_missing() -> None:
     first, second = replace(V4, sport=1).message(), replace(V4, sport=2).message()
     for length in range(1, len(second)):
-        assert decoded(first + second[:length]) == ([replace(V4, sport=1).seen()], 1)
+        assert decoded(first + second[:length]) == ([replace(V4, sport=1).row()], 1)
     assert decoded(b"") == ([], 0)
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_random_bytes_are_no_entries(data: bytes) -> None:
-    entries, malformed = conntrack.decode(data, BOOT_NS)
-    assert len(entries) == 0
+    entries, malformed, directional = conntrack.decode(data, BOOT_NS)
+    assert len(entries) == directional == 0
     assert malformed <= 1 + len(data) // 20
 
 
@@ -227,9 +220,9 @@ def test_damage_invents_nothing(data: st.DataObject) -> None:
         damaged[at] = byte
     before = replace(V4, sport=7, id=7)
     length = struct.unpack_from("<I", damaged)[0]
-    entries, malformed = conntrack.decode(before.message() + bytes(damaged), BOOT_NS)
+    entries, malformed, _ = conntrack.decode(before.message() + bytes(damaged), BOOT_NS)
     found = rows(entries)
-    assert found[0] == before.seen()
+    assert found[0] == before.row()
     assert len(found) <= 2
     assert malformed <= 2
     raw = bytes(damaged)
@@ -239,8 +232,8 @@ def test_damage_invents_nothing(data: st.DataObject) -> None:
             assert (address[12:] if address.startswith(bytes(10) + b"\xff\xff") else address) in raw
         for port in entry[4:8]:
             assert struct.pack(">H", port) in raw
-        assert struct.pack(">I", entry[11]) in raw
-        assert entry[8] == TCP
+        assert struct.pack(">I", entry.ct_id) in raw
+        assert entry[8] in (TCP, UDP, SCTP)
     if length != len(damaged) and not found[1:]:
         assert malformed or raw[4:6] != b"\0\1"
 
@@ -289,16 +282,86 @@ def test_the_kernels_table_is_what_conntrack_prints() -> None:
             cluster.clients[0].connect_many(25, cluster.vip(family=family))
         cluster.settle()
         with netns.entered(cluster.node.path):
-            entries, malformed = conntrack.dump(BOOT_NS)
+            entries, malformed, directional = conntrack.dump(BOOT_NS, protocols=(TCP,))
         printed = {family: listed_by_conntrack(cluster, family) for family in ("ipv4", "ipv6")}
         pods = {mapped(ip) for pod in cluster.backend_pods for ip in pod.addresses}
-    assert malformed == 0
+    assert malformed == directional == 0
     assert {family: len(found) for family, found in printed.items()} == {"ipv4": 25, "ipv6": 25}
     got = {
         (src, dst, sport, dport, backend, snat, backend_port, snat_port, ct_id)
-        for src, dst, backend, snat, sport, dport, backend_port, snat_port, _, _, _, ct_id, *_ in rows(entries)
+        for src, dst, backend, snat, sport, dport, backend_port, snat_port, _, _, ct_id, *_ in rows(entries)
     }
     assert got == printed["ipv4"] | printed["ipv6"]
     assert len(entries) == 50
     assert np.all(entries["value"]["nat"] == Nat.DNAT)
     assert {bytes(backend) for backend in entries["value"]["backend"]} <= pods
+
+
+@pytest.fixture
+def tracked() -> Any:
+    """A namespace whose conntrack holds TCP and UDP, in zones, rewritten or not; nothing of it moves any more."""
+    with Namespace("tracked") as namespace:
+        namespace.run(["ip", "link", "set", "lo", "up"])
+        namespace.sysctl({"net.netfilter.nf_conntrack_acct": 1, "net.netfilter.nf_conntrack_timestamp": 1})
+        udp = ["-A", "OUTPUT", "-p", "udp"]
+        to = ["-d", "127.0.0.9", "-j", "DNAT", "--to-destination", "127.0.0.1:9"]
+        namespace.run(["iptables", "-w", "-t", "nat", *udp, *to])
+        for port, zone in (("54", "--zone-orig"), ("55", "--zone")):
+            namespace.run(["iptables", "-w", "-t", "raw", *udp, "--dport", port, "-j", "CT", zone, "7"])
+
+        def talk() -> None:
+            for port in (53, 54, 55):
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                    sender.sendto(b"x" * port, ("127.0.0.9", port))
+            with (
+                socket.create_server(("127.0.0.1", 0)) as server,
+                socket.create_connection(server.getsockname()) as client,
+            ):
+                accepted, _ = server.accept()
+                client.sendall(b"x" * 1000)
+                client.shutdown(socket.SHUT_WR)
+                while accepted.recv(4096):
+                    pass
+                accepted.close()
+                assert client.recv(1) == b""
+
+        namespace.call(talk)
+        yield namespace
+
+
+@pytest.mark.needs("netns", "conntrack", "iptables")
+def test_measures_are_what_conntrack_prints(tracked: Namespace) -> None:
+    with netns.entered(tracked.path):
+        found = conntrack.dump(BOOT_NS)
+    listing = tracked.run(["conntrack", "-L", "-f", "ipv4", "-o", "id,xml,ktimestamp"])
+    assert (found.malformed, found.directional) == (0, 1)
+    entries = {row.ct_id: row for row in rows(found.entries)}
+    assert sorted((row.protocol, row.dst_port if row.protocol == UDP else 0) for row in entries.values()) == [
+        (TCP, 0),
+        (UDP, 53),
+        (UDP, 55),
+    ]
+    printed = 0
+    for flow in ElementTree.fromstring(listing):
+        if flow.find("meta[@direction='original']/zone") is not None:
+            continue  # one direction's
+        own = flow.find("meta[@direction='independent']")
+        assert own is not None
+        row = entries[int(own.findtext("id") or -1)]
+        printed += 1
+        for direction, count, octets in (
+            ("original", row.packets_sent, row.bytes_sent),
+            ("reply", row.packets_received, row.bytes_received),
+        ):
+            measured = flow.find(f"meta[@direction='{direction}']/counters")
+            assert measured is not None
+            assert (int(measured.findtext("packets") or -1), int(measured.findtext("bytes") or -1)) == (count, octets)
+        assert row.counted == 1
+        assert row.zone == int(own.findtext("zone") or 0)
+        assert row.started == int(own.findtext("timestamp/start") or -1)
+        # It was printed after it was dumped.
+        assert int(own.findtext("timeout") or -1) <= row.timeout_s < NO_TIMEOUT
+        assert (row.state == 7) == (own.findtext("state") == "TIME_WAIT") == (row.protocol == TCP)
+        assert bool(row.status & 4) == (own.find("assured") is not None)  # IPS_ASSURED
+        assert bool(row.status & 2) == (own.find("unreplied") is None)  # IPS_SEEN_REPLY
+    assert printed == 3
