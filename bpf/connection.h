@@ -16,28 +16,57 @@ static __always_inline bool wanted_netns(__u32 netns)
 #endif
 }
 
-/* Unique for this agent run, and in practice across runs: run (16 bits), CPU (12), origin (2), sequence (34). */
-static __always_inline __u64 next_conn_id(__u32 origin)
+/* The key that asks a longest-prefix-match map for an address. */
+static __always_inline void host_network(struct network *network, const struct address *address)
 {
-	__u64 *sequence = bpf_map_lookup_elem_(SEQUENCE, &origin);
-
-	if (!sequence)
-		return 0; /* cannot be: the array has a slot for each origin */
-	*sequence += 1;	  /* no program interrupts itself, so nobody else writes this slot meanwhile */
-	return (__u64)RUN_ID << 48 | (__u64)(bpf_get_smp_processor_id() & 0xfff) << 36 | (__u64)origin << 34 |
-	       (*sequence & ((1ULL << 34) - 1));
+	network->length = 128;
+	for (int i = 0; i < 4; i++)
+		network->address[i] = address->words[i];
 }
 
-/* The node's translation of a tuple: zone 0 first, else another zone if exactly one matches. */
-static __always_inline struct translation *find_translation(struct tuple *tuple)
+/* Whether a destination is left out by --exclude-cidr. */
+static __always_inline bool excluded_destination(const struct address *dst)
 {
-	struct translation *found = bpf_map_lookup_elem_(TRANSLATIONS, tuple);
-	struct tuple zoned;
+#if EXCLUDE_CIDRS
+	struct network network;
+
+	host_network(&network, dst);
+	return bpf_map_lookup_elem_(EXCLUDED, &network) != NULL;
+#else
+	return false;
+#endif
+}
+
+/* Unique for this agent run, and in practice across runs: run (16 bits), CPU (12), sequence (36). A program may be
+ * interrupted by another on its CPU between any two lines; a round in which the slot moved by more than its own step
+ * is given up, so a value is only ever taken by the round that made it. */
+static __always_inline __u64 next_conn_id(void)
+{
+	__u32 slot = 0;
+	__u64 before = 0, after = 0, *sequence = bpf_map_lookup_elem_(SEQUENCE, &slot);
+
+	if (!sequence)
+		return 0; /* cannot be: the array has that slot */
+#pragma unroll
+	for (int round = 0; round < 4; round++) {
+		before = *(volatile __u64 *)sequence;
+		__sync_fetch_and_add(sequence, 1);
+		after = *(volatile __u64 *)sequence;
+		if (after == before + 1)
+			break;
+	}
+	return (__u64)RUN_ID << 48 | (__u64)(bpf_get_smp_processor_id() & 0xfff) << 36 | (after & ((1ULL << 36) - 1));
+}
+
+/* The node's translation of a tuple: zone 0 first, else another zone if exactly one matches; `key->zone` says which. */
+static __always_inline struct translation *find_translation(struct tuple *key)
+{
+	struct translation *found = bpf_map_lookup_elem_(TRANSLATIONS, key);
+	__u16 zone_found = 0;
 	int matches = 0;
 
 	if (found)
 		return found;
-	zoned = *tuple;
 #pragma unroll
 	for (__u32 i = 0; i < ZONES; i++) {
 		__u32 slot = i, *zone = bpf_map_lookup_elem_(ZONES_SEEN, &slot);
@@ -45,13 +74,15 @@ static __always_inline struct translation *find_translation(struct tuple *tuple)
 
 		if (!zone || !*zone)
 			break; /* slots are filled in order: no further zone was seen */
-		zoned.zone = *zone;
-		in_zone = bpf_map_lookup_elem_(TRANSLATIONS, &zoned);
+		key->zone = *zone;
+		in_zone = bpf_map_lookup_elem_(TRANSLATIONS, key);
 		if (in_zone) {
 			found = in_zone;
+			zone_found = key->zone;
 			matches++;
 		}
 	}
+	key->zone = zone_found;
 	if (matches > 1) {
 		count(COUNT_AMBIGUOUS);
 		return NULL;
@@ -59,67 +90,157 @@ static __always_inline struct translation *find_translation(struct tuple *tuple)
 	return found;
 }
 
+/* The connection with that id, if its socket is still open. */
+static __always_inline struct connection *open_connection(__u64 socket, __u64 conn_id)
+{
+	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &socket);
+
+	return connection && connection->row.conn_id == conn_id ? connection : NULL;
+}
+
 /* Whether another socket has claimed this translation and is still open: then one tuple is open in two
  * namespaces, and whose the entry is cannot be told. */
 static __always_inline bool claimed_by_another(const struct translation *translation, __u64 conn_id)
 {
-	__u64 socket = translation->socket;
-	struct connection *other;
+	return translation->conn_id && translation->conn_id != conn_id &&
+	       open_connection(translation->socket, translation->conn_id);
+}
 
-	if (!translation->conn_id || translation->conn_id == conn_id)
+/* Whether both addresses are on one bridge without bridge netfilter: then no hook was on the path. */
+static __always_inline bool bridged(const struct tuple *tuple)
+{
+	struct network network;
+	__u32 *there, *here;
+
+	host_network(&network, &tuple->dst);
+	there = bpf_map_lookup_elem_(UNTRACKED, &network);
+	if (!there)
 		return false;
-	other = bpf_map_lookup_elem_(CONNECTIONS, &socket);
-	return other && other->row.conn_id == translation->conn_id;
+	host_network(&network, &tuple->src);
+	here = bpf_map_lookup_elem_(UNTRACKED, &network);
+	return here && *here == *there;
+}
+
+/* By which tuple conntrack knows a connection: whom it talks to, not what connect() was told. */
+static __always_inline void key_of(const struct connection *connection, struct tuple *key)
+{
+	*key = connection->row.tuple;
+	if (connection->rewritten) {
+		key->dst = connection->peer;
+		key->dst_port = connection->peer_port;
+	}
+}
+
+static __always_inline void not_rewritten(struct record *row)
+{
+	row->nat = NAT_NONE;
+	row->backend = row->tuple.dst;
+	row->backend_port = row->tuple.dst_port;
+}
+
+/* Fills an accepted connection's translation. A socket that accepted is where the connection went; whether its client
+ * dialled another address is known only where conntrack has an entry for just these two ends. */
+static __always_inline void join_server(struct record *row)
+{
+	struct tuple key = row->tuple;
+	struct translation *translation = find_translation(&key);
+
+	row->backend = row->tuple.dst;
+	row->backend_port = row->tuple.dst_port;
+	if (translation && translation->nat == NAT_NONE) {
+		row->nat = NAT_NONE;
+		row->ct_id = translation->ct_id;
+		row->ct_zone = translation->zone;
+		row->nat_source = translation->source;
+	}
 }
 
 /* Fills the row's translation, if it is known. Asked once the connection stands and, if that found nothing,
  * again at each row. */
-static __always_inline void join(const void *sk, struct record *row)
+static __always_inline void join(const void *sk, struct connection *connection)
 {
+	struct record *row = &connection->row;
 	struct translation *translation;
+	struct tuple key;
 
+	if (row->role == ROLE_SERVER) {
+		join_server(row);
+		return;
+	}
 	/* Another namespace's loopback never leaves it; the node's own may carry the same tuple. */
 	if (is_loopback(&row->tuple.src) && row->netns != NODE_NETNS) {
-		row->nat = NAT_NONE;
-		row->backend = row->tuple.dst;
-		row->backend_port = row->tuple.dst_port;
+		if (!connection->undialled)
+			not_rewritten(row);
 		return;
 	}
-	translation = find_translation(&row->tuple);
-	if (!translation)
-		return; /* unknown, and the row says so: no loss */
-	if (claimed_by_another(translation, row->conn_id)) {
+	key_of(connection, &key);
+	translation = find_translation(&key);
+	if (translation && claimed_by_another(translation, row->conn_id)) {
 		count(COUNT_AMBIGUOUS);
+		translation = NULL;
+	} else if (translation) {
+		translation->conn_id = row->conn_id;
+		translation->socket = (__u64)sk;
+	} else if (bridged(&key) && !connection->undialled && !connection->rewritten) {
+		not_rewritten(row);
 		return;
 	}
-	translation->conn_id = row->conn_id;
-	translation->socket = (__u64)sk;
+	if (connection->rewritten) {
+		row->nat = NAT_DNAT;
+		row->nat_source = SOURCE_SOCKET;
+		row->backend = connection->peer;
+		row->backend_port = connection->peer_port;
+	}
+	if (!translation)
+		return; /* unknown unless the socket told, and the row says so: no loss */
+	/* What connect() was told may be something else than what conntrack saw. */
+	if (connection->undialled && !(translation->nat & NAT_DNAT))
+		goto out;
 	row->backend = translation->backend;
 	row->backend_port = translation->backend_port;
 	row->snat = translation->snat;
 	row->snat_port = translation->snat_port;
 	row->ct_id = translation->ct_id;
 	row->ct_zone = translation->zone;
-	row->nat = translation->nat;
-	row->nat_source = translation->source;
+	if (connection->rewritten) {
+		row->nat |= translation->nat & NAT_SNAT;
+	} else {
+		row->nat = translation->nat;
+		row->nat_source = translation->source;
+	}
+out:
 	if (translation->ended)
-		bpf_map_delete_elem_(TRANSLATIONS, &row->tuple);
+		bpf_map_delete_elem_(TRANSLATIONS, &key);
+}
+
+/* Turns a socket's own view into its client's. */
+static __always_inline void turn(struct tuple *tuple)
+{
+	struct address address = tuple->src;
+	__u16 port = tuple->src_port;
+
+	tuple->src = tuple->dst;
+	tuple->src_port = tuple->dst_port;
+	tuple->dst = address;
+	tuple->dst_port = port;
 }
 
 /* What is known of a socket when its entry is made. False: it is not traced, by option. */
-static __always_inline bool describe(const void *sk, struct record *row)
+static __always_inline bool describe(const void *sk, struct record *row, enum role role)
 {
-	if (!read_tuple(sk, &row->tuple))
+	if (!read_tuple(sk, &row->tuple, IPPROTO_TCP))
 		return false;
 	row->netns = read_netns(sk);
 	if (!wanted_netns(row->netns))
 		return false;
+	row->role = role;
+	if (role == ROLE_SERVER)
+		turn(&row->tuple);
 #if !INCLUDE_LOOPBACK
 	/* In the node's namespace a loopback destination may be a NodePort: decided when it stands. */
 	if (is_loopback(&row->tuple.dst) && row->netns != NODE_NETNS)
 		return false;
 #endif
-	row->role = ROLE_CLIENT;
 	row->result = RESULT_OPEN;
 	if (is_v4(&row->tuple.dst))
 		row->flags = FLAG_IPV4;
@@ -127,17 +248,53 @@ static __always_inline bool describe(const void *sk, struct record *row)
 }
 
 /* Whether an entry is this socket's. It is not where the end of an earlier socket at this address was missed. */
-static __always_inline bool is_entry_of(const void *sk, const struct record *row)
+static __always_inline bool is_entry_of(const void *sk, const struct connection *connection)
 {
+	const struct tuple *tuple = &connection->row.tuple;
+	bool server = connection->row.role == ROLE_SERVER;
 	__u16 port;
 
 	READ(port, sk, OFFSET_sock_common__skc_dport);
-	if (port != row->tuple.dst_port)
+	if (port != (server ? tuple->src_port : connection->rewritten ? connection->peer_port : tuple->dst_port))
 		return false;
-	if (!row->tuple.src_port)
+	if (!tuple->src_port)
 		return true; /* not known yet */
 	READ(port, sk, OFFSET_inet_sock__inet_sport);
-	return port == row->tuple.src_port;
+	return port == (server ? tuple->dst_port : tuple->src_port);
+}
+
+/* What connect() was told, where that may be another address than the socket's peer. */
+static __always_inline void learn_dial(struct connection *connection)
+{
+	struct record *row = &connection->row;
+	__u64 thread, dials = control(CONTROL_DIALS);
+	struct dial *dial;
+
+	if (dials == DIALS_ARE_PEERS)
+		return;
+	thread = bpf_get_current_pid_tgid();
+	dial = dials == DIALS_SEEN ? bpf_map_lookup_elem_(DIALS, &thread) : NULL;
+	if (!dial) {
+		connection->undialled = 1;
+		count(COUNT_UNDIALLED);
+		return;
+	}
+	dial->sent = 1;
+	if (is_any(&dial->dst) || (dial->port == row->tuple.dst_port && same_address(&dial->dst, &row->tuple.dst)))
+		return;
+	connection->rewritten = 1;
+	connection->peer = row->tuple.dst;
+	connection->peer_port = row->tuple.dst_port;
+	row->tuple.dst = dial->dst;
+	row->tuple.dst_port = dial->port;
+}
+
+static __always_inline void describe_process(struct record *row)
+{
+	row->flags |= FLAG_PROCESS;
+	row->pid = bpf_get_current_pid_tgid() >> 32;
+	row->cgroup_id = bpf_get_current_cgroup_id();
+	bpf_get_current_comm(row->comm, sizeof(row->comm));
 }
 
 static __always_inline long insert(const void *sk, struct connection *connection)
@@ -158,39 +315,50 @@ static __always_inline void connection_begins(const void *sk)
 	struct connection connection = {};
 	struct record *row = &connection.row;
 
-	if (!describe(sk, row))
+	if (!describe(sk, row, ROLE_CLIENT))
 		return; /* filtered by option: not offered */
 	if (control(CONTROL_PAUSE)) {
 		count(COUNT_AFTER_PAUSE);
 		return;
 	}
+	learn_dial(&connection);
+	if (excluded_destination(&row->tuple.dst))
+		return;
 	count(COUNT_OPENED);
-	row->conn_id = next_conn_id(ORIGIN_TRACEPOINT);
+	row->conn_id = next_conn_id();
 	row->started = row->ts = bpf_ktime_get_boot_ns();
-	row->flags |= FLAG_OPENED | FLAG_PROCESS | FLAG_COUNTED;
-	row->pid = bpf_get_current_pid_tgid() >> 32;
-	row->cgroup_id = bpf_get_current_cgroup_id();
-	bpf_get_current_comm(row->comm, sizeof(row->comm));
+	row->flags |= FLAG_OPENED | FLAG_COUNTED;
+	describe_process(row);
+	/* A socket that failed to connect may try again, and goes on counting. */
+	read_totals(sk, &connection.reported);
 	if (insert(sk, &connection))
 		count(COUNT_LOST_CONNECTION_MAP);
 }
 
-/* A connection that leaves SYN_SENT and has no entry: its beginning was missed (tracer.c), and nothing of it has been
+/* A connection that has no entry: its beginning was missed (tracer.c), or found the map full. Nothing of it has been
  * reported. When it began and whose process dialled are not known. */
 static __always_inline struct connection *connection_began(const void *sk, __u64 *key)
 {
 	struct connection connection = {};
 	struct record *row = &connection.row;
+	struct translation *translation;
 
-	if (control(CONTROL_PAUSE) || !describe(sk, row))
+	if (control(CONTROL_PAUSE) || !describe(sk, row, ROLE_CLIENT) || excluded_destination(&row->tuple.dst))
 		return NULL; /* not offered, or counted when it began */
-	row->conn_id = next_conn_id(ORIGIN_TRACEPOINT);
 	row->ts = bpf_ktime_get_boot_ns();
 	row->flags |= FLAG_OPENED | FLAG_COUNTED;
-	if (bpf_map_update_elem_(CONNECTIONS, key, &connection, BPF_NOEXIST))
-		return NULL; /* the map is full: counted when it began */
-	count(COUNT_LATE_BEGIN);
-	return bpf_map_lookup_elem_(CONNECTIONS, key);
+	row->conn_id = next_conn_id();
+	connection.undialled = control(CONTROL_DIALS) != DIALS_ARE_PEERS;
+	if (!bpf_map_update_elem_(CONNECTIONS, key, &connection, BPF_NOEXIST)) {
+		count(COUNT_LATE_BEGIN);
+		return bpf_map_lookup_elem_(CONNECTIONS, key);
+	}
+	/* The map is full: counted when it began. It must not look like a client of another node (flow.h). */
+	READ(row->tuple.src_port, sk, OFFSET_inet_sock__inet_sport);
+	translation = find_translation(&row->tuple);
+	if (translation && !translation->conn_id)
+		translation->conn_id = CLAIM_LOST;
+	return NULL;
 }
 
 /* SYN_SENT -> ESTABLISHED: the source port is known now, and conntrack confirmed the entry before the SYN left. */
@@ -211,13 +379,38 @@ static __always_inline void connection_stands(const void *sk)
 		row->connect_latency_us = (bpf_ktime_get_boot_ns() - row->started) / 1000;
 		row->flags |= FLAG_LATENCY;
 	}
-	join(sk, row);
+	join(sk, connection);
 #if !INCLUDE_LOOPBACK
 	if (is_loopback(&row->tuple.dst) && !(row->nat & (NAT_DNAT | NAT_SNAT))) {
 		bpf_map_delete_elem_(CONNECTIONS, &key);
 		count(COUNT_EXCLUDED);
 	}
 #endif
+}
+
+/* SYN_RECV -> ESTABLISHED: a local socket accepts. In the context of the packet, so nobody's process. */
+static __always_inline void connection_accepted(const void *sk)
+{
+	struct connection connection = {};
+	struct record *row = &connection.row;
+
+	if (control(CONTROL_PAUSE) || !describe(sk, row, ROLE_SERVER) || excluded_destination(&row->tuple.dst))
+		return; /* filtered by option: not offered */
+	count(COUNT_ACCEPTED);
+	row->conn_id = next_conn_id();
+	row->started = row->ts = bpf_ktime_get_boot_ns();
+	row->flags |= FLAG_OPENED | FLAG_COUNTED | FLAG_ESTABLISHED;
+	join_server(row);
+	if (insert(sk, &connection))
+		count(COUNT_LOST_CONNECTION_MAP);
+}
+
+/* Whether an option leaves a row out: a role not asked for, or --only-virtual and known to be no virtual address. */
+static __always_inline bool unwanted(const struct record *row)
+{
+	if (!(ROLES & 1 << row->role))
+		return true;
+	return ONLY_VIRTUAL && row->nat != NAT_UNKNOWN && !(row->nat & NAT_DNAT);
 }
 
 /* The source port, of a connection that has not stood so far, or of which that was missed. */
@@ -233,14 +426,13 @@ static __always_inline bool emit(const void *sk, struct connection *connection, 
 {
 	struct record *row = &connection->row, *record;
 	struct reported totals = {};
-	__u32 rtt;
+	bool server = row->role == ROLE_SERVER;
+	__u64 sent, received;
+	__u32 rtt, packets_sent, packets_received;
 
 	record = bpf_ringbuf_reserve(RECORDS, sizeof(*record), 0);
 	if (!record)
 		return false;
-	learn_port(sk, row);
-	if (row->nat == NAT_UNKNOWN)
-		join(sk, row);
 	read_totals(sk, &totals);
 	/* What is sent again is counted before it is sent, so a total may fall back: no row holds less than none. */
 	if (totals.bytes_sent < connection->reported.bytes_sent)
@@ -251,10 +443,15 @@ static __always_inline bool emit(const void *sk, struct connection *connection, 
 	*record = *row;
 	record->ts = now;
 	record->duration_ns = now - row->ts;
-	record->bytes_sent = totals.bytes_sent - connection->reported.bytes_sent;
-	record->bytes_received = totals.bytes_received - connection->reported.bytes_received;
-	record->packets_sent = (__u32)(totals.packets_sent - connection->reported.packets_sent);
-	record->packets_received = (__u32)(totals.packets_received - connection->reported.packets_received);
+	sent = totals.bytes_sent - connection->reported.bytes_sent;
+	received = totals.bytes_received - connection->reported.bytes_received;
+	packets_sent = (__u32)(totals.packets_sent - connection->reported.packets_sent);
+	packets_received = (__u32)(totals.packets_received - connection->reported.packets_received);
+	/* Sent is from client to server, whoever says so. */
+	record->bytes_sent = server ? received : sent;
+	record->bytes_received = server ? sent : received;
+	record->packets_sent = server ? packets_received : packets_sent;
+	record->packets_received = server ? packets_sent : packets_received;
 	record->retransmits = totals.retransmits - connection->reported.retransmits;
 	record->rtt_us = rtt >> 3; /* srtt_us is kept in eighths (tcp_input.c, tcp_rtt_estimator) */
 	record->result = result;
@@ -264,6 +461,14 @@ static __always_inline bool emit(const void *sk, struct connection *connection, 
 	row->ts = now;
 	row->flags &= ~(FLAG_OPENED | FLAG_LATENCY);
 	return true;
+}
+
+/* The translation, as late as possible: of a connection that does not stand, conntrack may have made a new entry. */
+static __always_inline void join_again(const void *sk, struct connection *connection)
+{
+	learn_port(sk, &connection->row);
+	if (connection->row.nat == NAT_UNKNOWN || !(connection->row.flags & FLAG_ESTABLISHED))
+		join(sk, connection);
 }
 
 /* How a connection ended. sk_err is set before the state changes (tcp_reset, tcp_write_err); it is 0 for a local
@@ -284,23 +489,22 @@ static __always_inline __u16 how_it_ended(const void *sk, const struct record *r
 static __always_inline void finish(const void *sk, __u64 *key, struct connection *connection)
 {
 	struct record *row = &connection->row;
+	struct tuple tuple;
 
-	if (!is_entry_of(sk, row)) {
+	if (!is_entry_of(sk, connection)) {
 		count(COUNT_LOST_END);
 		goto out;
 	}
-	learn_port(sk, row);
+	join_again(sk, connection);
 #if !INCLUDE_LOOPBACK
-	if (is_loopback(&row->tuple.dst)) {
-		if (row->nat == NAT_UNKNOWN)
-			join(sk, row);
-		if (!(row->nat & (NAT_DNAT | NAT_SNAT))) {
-			count(COUNT_EXCLUDED);
-			goto out;
-		}
+	if (is_loopback(&row->tuple.dst) && !(row->nat & (NAT_DNAT | NAT_SNAT))) {
+		count(COUNT_EXCLUDED);
+		goto out;
 	}
 #endif
-	if (emit(sk, connection, bpf_ktime_get_boot_ns(), how_it_ended(sk, row), FLAG_CLOSED)) {
+	if (unwanted(row)) {
+		count(COUNT_EXCLUDED);
+	} else if (emit(sk, connection, bpf_ktime_get_boot_ns(), how_it_ended(sk, row), FLAG_CLOSED)) {
 		count(COUNT_CLOSED);
 		if (row->nat == NAT_UNKNOWN)
 			count(COUNT_UNRESOLVED);
@@ -308,6 +512,11 @@ static __always_inline void finish(const void *sk, __u64 *key, struct connection
 		count(COUNT_LOST_RING);
 	}
 out:
+	if (connection->keeps) {
+		key_of(connection, &tuple);
+		tuple.zone = row->ct_zone;
+		bpf_map_delete_elem_(TRANSLATIONS, &tuple);
+	}
 	bpf_map_delete_elem_(CONNECTIONS, key);
 }
 

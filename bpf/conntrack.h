@@ -9,7 +9,7 @@
 #ifndef TRACER_CONNTRACK_H
 #define TRACER_CONNTRACK_H
 
-#include "connection.h"
+#include "flow.h"
 
 #define IPCTNL_MSG_CT_NEW 0
 #define IPCTNL_MSG_CT_DELETE 2
@@ -19,11 +19,6 @@
 #define CTA_ZONE 18
 #define NLA_F_NESTED 0x8000
 
-/* How long after its birth an entry's end may be the answer to its first SYN. */
-#define KEEP_NS 5000000000ULL
-
-/* An attribute's header as the little-endian word it is: length, then type. */
-#define ATTRIBUTE(length, type) ((__u32)(length) | (__u32)(type) << 16)
 #define NEST(length, type) ATTRIBUTE(length, (type) | NLA_F_NESTED)
 
 struct message_head {
@@ -133,20 +128,27 @@ static __always_inline void copy_ports(struct tuple *tuple, struct translation *
 	translation->snat_port = reply->dst;
 }
 
+static __always_inline bool has_ports(__u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP;
+}
+
 /* Entries of other protocols have no ports, or other attributes in their place: looked at only when the head
  * did not fit, so that the usual event pays for one load. */
 static __always_inline void count_misfit(struct __sk_buff *skb, __u32 number_offset)
 {
-	__u8 number = IPPROTO_TCP;
+	__u8 number;
 
-	bpf_skb_load_bytes(skb, number_offset, &number, 1);
-	count(number == IPPROTO_TCP ? COUNT_MALFORMED_EVENTS : COUNT_IGNORED_PROTOCOL);
+	if (bpf_skb_load_bytes(skb, number_offset, &number, 1))
+		number = IPPROTO_TCP; /* not even that: malformed */
+	count(has_ports(number) ? COUNT_MALFORMED_EVENTS : COUNT_IGNORED_PROTOCOL);
 }
 
 static __always_inline bool read_v4(const struct message_v4 *message, struct tuple *tuple,
 				    struct translation *translation)
 {
-	if (!v4_fits(&message->original, CTA_TUPLE_ORIG) || !v4_fits(&message->reply, CTA_TUPLE_REPLY))
+	if (!v4_fits(&message->original, CTA_TUPLE_ORIG) || !v4_fits(&message->reply, CTA_TUPLE_REPLY) ||
+	    message->original.ports.number != message->reply.ports.number)
 		return false;
 	set_v4(&tuple->src, message->original.src);
 	set_v4(&tuple->dst, message->original.dst);
@@ -159,7 +161,8 @@ static __always_inline bool read_v4(const struct message_v4 *message, struct tup
 static __always_inline bool read_v6_message(const struct message_v6 *message, struct tuple *tuple,
 					    struct translation *translation)
 {
-	if (!v6_fits(&message->original, CTA_TUPLE_ORIG) || !v6_fits(&message->reply, CTA_TUPLE_REPLY))
+	if (!v6_fits(&message->original, CTA_TUPLE_ORIG) || !v6_fits(&message->reply, CTA_TUPLE_REPLY) ||
+	    message->original.ports.number != message->reply.ports.number)
 		return false;
 	copy_v6(&tuple->src, message->original.src);
 	copy_v6(&tuple->dst, message->original.dst);
@@ -195,11 +198,58 @@ static __always_inline void remember_zone(__u16 zone)
 	}
 }
 
+/* An entry is born. Where the tuple is known already, its entry was deleted under a socket, which goes on with this
+ * one; or the end of the last one was not told. */
+static __always_inline void entry_begins(const struct tuple *tuple, struct translation *translation)
+{
+	struct translation *earlier;
+
+	translation->created = bpf_ktime_get_boot_ns();
+	translation->nat = nat_of(tuple, translation);
+	translation->source = SOURCE_CONNTRACK;
+	count(COUNT_CONNTRACK_NEW);
+	if (!bpf_map_update_elem_(TRANSLATIONS, tuple, translation, BPF_NOEXIST))
+		return;
+	earlier = bpf_map_lookup_elem_(TRANSLATIONS, tuple);
+	if (earlier && earlier->ended && earlier->conn_id && open_connection(earlier->socket, earlier->conn_id)) {
+		translation->conn_id = earlier->conn_id;
+		translation->socket = earlier->socket;
+	}
+	if (bpf_map_update_elem_(TRANSLATIONS, tuple, translation, BPF_ANY))
+		count(COUNT_LOST_TRANSLATION_MAP);
+}
+
+/* An entry is gone. `offset` is where the attributes behind the tuples begin. */
+static __always_inline void entry_ends(struct __sk_buff *skb, __u32 offset, const struct tuple *tuple, __u32 ct_id)
+{
+	struct translation *known = bpf_map_lookup_elem_(TRANSLATIONS, tuple);
+	struct connection *connection;
+
+	count(COUNT_CONNTRACK_DESTROY);
+	if (!known || known->ct_id != ct_id) {
+		/* The entry was replaced, and this is the end of the old one; or it was never known. */
+		count(COUNT_STALE_DESTROY);
+		return;
+	}
+	if (known->conn_id <= CLAIM_OVER) {
+		flow_ends(skb, offset, tuple, known);
+		return;
+	}
+	connection = open_connection(known->socket, known->conn_id);
+	if (connection) {
+		known->ended = connection->keeps = 1;
+		count(COUNT_KEPT);
+	} else {
+		bpf_map_delete_elem_(TRANSLATIONS, tuple);
+	}
+}
+
 static __always_inline void conntrack_event(struct __sk_buff *skb)
 {
-	struct translation translation = {}, *known;
+	struct translation translation = {};
 	struct tuple tuple = {};
 	struct message_tail *tail;
+	__u32 behind_tuples = offsetof(struct message_v4, tail);
 	union {
 		struct message_head head;
 		struct message_v4 v4;
@@ -221,9 +271,10 @@ static __always_inline void conntrack_event(struct __sk_buff *skb)
 			return;
 		}
 		tail = &message.v6.tail;
+		behind_tuples = offsetof(struct message_v6, tail);
 	}
 	type = message.head.type & 0xff;
-	if (tuple.protocol != IPPROTO_TCP) {
+	if (!has_ports(tuple.protocol)) {
 		count(COUNT_IGNORED_PROTOCOL);
 		return;
 	}
@@ -239,28 +290,12 @@ static __always_inline void conntrack_event(struct __sk_buff *skb)
 	}
 	translation.ct_id = bpf_ntohl(tail->first);
 
-	if (type == IPCTNL_MSG_CT_NEW) {
-		translation.created = bpf_ktime_get_boot_ns();
-		translation.nat = nat_of(&tuple, &translation);
-		translation.source = SOURCE_CONNTRACK;
-		count(COUNT_CONNTRACK_NEW);
-		if (bpf_map_update_elem_(TRANSLATIONS, &tuple, &translation, BPF_ANY))
-			count(COUNT_LOST_TRANSLATION_MAP);
-	} else if (type == IPCTNL_MSG_CT_DELETE) {
-		count(COUNT_CONNTRACK_DESTROY);
-		known = bpf_map_lookup_elem_(TRANSLATIONS, &tuple);
-		if (!known || known->ct_id != translation.ct_id) {
-			/* The entry was replaced, and this is the end of the old one; or it was never known. */
-			count(COUNT_STALE_DESTROY);
-		} else if (!known->conn_id && bpf_ktime_get_boot_ns() - known->created < KEEP_NS) {
-			known->ended = 1;
-			count(COUNT_KEPT);
-		} else {
-			bpf_map_delete_elem_(TRANSLATIONS, &tuple);
-		}
-	} else {
+	if (type == IPCTNL_MSG_CT_NEW)
+		entry_begins(&tuple, &translation);
+	else if (type == IPCTNL_MSG_CT_DELETE)
+		entry_ends(skb, behind_tuples, &tuple, translation.ct_id);
+	else
 		count(COUNT_MALFORMED_EVENTS);
-	}
 }
 
 #endif

@@ -3,7 +3,11 @@
  * (tracer/record.py, class Counter) has the same names in the same order, and a test compares them.
  *
  * The accounts that must balance:
- *   opened + adopted + late_begin = closed + lost_ring + lost_connection_map + lost_end + excluded + (still open)
+ * connections of local TCP sockets:
+ *   opened + accepted + adopted + late_begin + failed
+ *       = closed + lost_ring + lost_connection_map + lost_end + excluded + (still open)
+ * entries that only conntrack tells of, when they end (flow.h):
+ *   flows = rows of closed flows + lost_flow_ring + withdrawn + (provisional)
  */
 #ifndef TRACER_COUNTERS_H
 #define TRACER_COUNTERS_H
@@ -29,7 +33,15 @@ enum counter {
 	COUNT_IGNORED_PROTOCOL,	 /* conntrack events of protocols that are not traced */
 	COUNT_MALFORMED_EVENTS,	 /* conntrack events whose layout was not understood */
 	COUNT_STALE_DESTROY,	 /* DESTROY of an entry that was not, or no longer, in the map */
-	COUNT_KEPT,		 /* entries that conntrack dropped at once (a refusal), kept for the socket */
+	COUNT_KEPT,	      /* entries that conntrack dropped before their socket was done with them, kept for it */
+	COUNT_ACCEPTED,	      /* connections that a local socket accepted (role server) */
+	COUNT_FAILED,	      /* connects that failed before SYN_SENT: no route, no permission (connect probe) */
+	COUNT_FLOWS,	      /* flows that ended: entries claimed by no TCP socket that get a row (flow.h) */
+	COUNT_LOST_FLOW_RING, /* LOST: closing records of flows that found the ring full */
+	COUNT_TRANSIT, /* entries that ended, without a row: no local socket's, and this node rewrote no destination */
+	COUNT_LOST_OWNER_MAP, /* LOST: processes of UDP sockets that found the owner map full: their rows are forwarded */
+	COUNT_LOST_DIAL_MAP, /* LOST: addresses given to connect() that found the dial map full */
+	COUNT_UNDIALLED, /* connections without the address given to connect(), where that may have been rewritten */
 	COUNTERS
 };
 

@@ -33,11 +33,12 @@ static __always_inline void remember_listener(const void *sk)
 }
 
 /* Accepted or dialled: by conntrack's original direction, else by a listener on the local port. */
-static __always_inline bool was_accepted(struct record *row)
+static __always_inline bool was_accepted(const struct record *row)
 {
 	__u64 key = listener_key(row->netns, row->tuple.src_port);
+	struct tuple tuple = row->tuple;
 
-	if (find_translation(&row->tuple))
+	if (find_translation(&tuple))
 		return false;
 	return bpf_map_lookup_elem_(LISTENERS, &key) != NULL;
 }
@@ -47,14 +48,24 @@ static __always_inline void adopt(const void *sk, __u8 state)
 	struct connection connection = {};
 	struct record *row = &connection.row;
 
-	if (!describe(sk, row) || was_accepted(row))
-		return; /* filtered by option or not dialled: not offered */
-	row->conn_id = next_conn_id(ORIGIN_ITERATOR);
+	if (!describe(sk, row, ROLE_CLIENT))
+		return; /* filtered by option: not offered */
+	if (was_accepted(row)) {
+		if (!(ROLES & 1 << ROLE_SERVER))
+			return;
+		row->role = ROLE_SERVER;
+		turn(&row->tuple);
+	} else {
+		connection.undialled = control(CONTROL_DIALS) != DIALS_ARE_PEERS;
+	}
+	if (excluded_destination(&row->tuple.dst))
+		return;
+	row->conn_id = next_conn_id();
 	row->ts = connection.visited = bpf_ktime_get_boot_ns();
 	row->flags |= FLAG_COUNTED;
 	if (state != BPF_TCP_SYN_SENT)
 		row->flags |= FLAG_ESTABLISHED;
-	join(sk, row);
+	join(sk, &connection);
 #if !INCLUDE_LOOPBACK
 	if (is_loopback(&row->tuple.dst) && !(row->nat & (NAT_DNAT | NAT_SNAT)))
 		return; /* left out by default: not offered */
@@ -98,8 +109,16 @@ static __always_inline void visit(const void *sk)
 		return; /* otherwise: not traced, or counted as lost when it began */
 	}
 	connection->visited = bpf_ktime_get_boot_ns();
-	if (!due(connection, mode) || !is_entry_of(sk, &connection->row))
+	if (!is_entry_of(sk, connection))
 		return; /* an entry of another socket is counted when this one ends */
+	/* A connect that hangs claims its translation here, so that nobody takes it for another node's. */
+	if (state == BPF_TCP_SYN_SENT)
+		join_again(sk, connection);
+	if (!due(connection, mode))
+		return;
+	join_again(sk, connection);
+	if (unwanted(&connection->row))
+		return; /* by option; counted when it ends */
 	if (bpf_ringbuf_query(RECORDS, BPF_RB_AVAIL_DATA) < RING_BYTES / 2 &&
 	    emit(sk, connection, bpf_ktime_get_boot_ns(), RESULT_OPEN, 0))
 		count(COUNT_INTERIM);

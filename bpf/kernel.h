@@ -9,7 +9,12 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
+#define IPPROTO_SCTP 132
+#define IPPROTO_MPTCP 262
 #define EADDRNOTAVAIL 99
+#define ECONNRESET 104
+#define ECONNREFUSED 111
 #define EEXIST 17
 
 /* Reads the field at `offset` of a kernel object that the verifier knows the type of: a plain load, which the kernel
@@ -39,56 +44,69 @@ static __always_inline bool is_loopback(const struct address *address)
 	return address->halves[0] == 0 && address->words[2] == 0 && address->words[3] == bpf_htonl(1);
 }
 
+/* 0.0.0.0 or ::, which connect() takes for the host itself */
+static __always_inline bool is_any(const struct address *address)
+{
+	if (is_v4(address))
+		return address->words[3] == 0;
+	return address->halves[0] == 0 && address->halves[1] == 0;
+}
+
 static __always_inline bool same_address(const struct address *a, const struct address *b)
 {
 	return a->halves[0] == b->halves[0] && a->halves[1] == b->halves[1];
 }
 
-static __always_inline void read_v6(struct address *address, const void *sk, __u32 offset)
-{
-	READ(address->words[0], sk, offset);
-	READ(address->words[1], sk, offset + 4);
-	READ(address->words[2], sk, offset + 8);
-	READ(address->words[3], sk, offset + 12);
-}
+/* The same for an object whose type the verifier does not know. What cannot be read is zero. */
+#define PROBE(destination, object, offset) \
+	bpf_probe_read_kernel(&(destination), sizeof(destination), (const void *)(object) + (offset))
 
-/* The tuple of a socket as its own side sees it. An IPv6 socket talking to a v4-mapped address has both: the v6 fields
- * are read, and say ::ffff:a.b.c.d. The local port is skc_num, 0 until the kernel has chosen one. */
-static __always_inline bool read_tuple(const void *sk, struct tuple *tuple)
-{
-	__u16 family, port;
-	__u32 v4;
-
-	READ(family, sk, OFFSET_sock_common__skc_family);
-	READ(port, sk, OFFSET_sock_common__skc_num);
-	tuple->src_port = bpf_htons(port);
-	READ(tuple->dst_port, sk, OFFSET_sock_common__skc_dport);
-	tuple->zone = 0;
-	tuple->protocol = IPPROTO_TCP;
-	tuple->reserved = 0;
-	if (family == AF_INET) {
-		READ(v4, sk, OFFSET_sock_common__skc_rcv_saddr);
-		set_v4(&tuple->src, v4);
-		READ(v4, sk, OFFSET_sock_common__skc_daddr);
-		set_v4(&tuple->dst, v4);
-		return true;
+/* For each way of reading:
+ * read_tuple: the tuple of a socket as its own side sees it; false if it is of no IP family. An IPv6 socket talking to
+ * a v4-mapped address has both: the v6 fields are read, and say ::ffff:a.b.c.d. The local port is skc_num, 0 until the
+ * kernel has chosen one.
+ * read_netns: the inode number of its network namespace. */
+#define DEFINE_SOCKET_READERS(suffix, GET)                                                                 \
+	static __always_inline bool read_tuple##suffix(const void *sk, struct tuple *tuple, __u8 protocol) \
+	{                                                                                                  \
+		__u16 family = 0, port = 0;                                                                \
+		__u32 v4 = 0;                                                                              \
+                                                                                                           \
+		GET(family, sk, OFFSET_sock_common__skc_family);                                           \
+		GET(port, sk, OFFSET_sock_common__skc_num);                                                \
+		tuple->src_port = bpf_htons(port);                                                         \
+		GET(tuple->dst_port, sk, OFFSET_sock_common__skc_dport);                                   \
+		tuple->zone = 0;                                                                           \
+		tuple->protocol = protocol;                                                                \
+		tuple->reserved = 0;                                                                       \
+		if (family == AF_INET) {                                                                   \
+			GET(v4, sk, OFFSET_sock_common__skc_rcv_saddr);                                    \
+			set_v4(&tuple->src, v4);                                                           \
+			GET(v4, sk, OFFSET_sock_common__skc_daddr);                                        \
+			set_v4(&tuple->dst, v4);                                                           \
+			return true;                                                                       \
+		}                                                                                          \
+		if (family != AF_INET6)                                                                    \
+			return false;                                                                      \
+		for (int i = 0; i < 4; i++)                                                                \
+			GET(tuple->src.words[i], sk, OFFSET_sock_common__skc_v6_rcv_saddr + 4 * i);        \
+		for (int i = 0; i < 4; i++)                                                                \
+			GET(tuple->dst.words[i], sk, OFFSET_sock_common__skc_v6_daddr + 4 * i);            \
+		return true;                                                                               \
+	}                                                                                                  \
+                                                                                                           \
+	static __always_inline __u32 read_netns##suffix(const void *sk)                                    \
+	{                                                                                                  \
+		const void *net = NULL;                                                                    \
+		__u32 inode = 0;                                                                           \
+                                                                                                           \
+		GET(net, sk, OFFSET_sock_common__skc_net);                                                 \
+		GET(inode, net, OFFSET_net__ns + OFFSET_ns_common__inum);                                  \
+		return inode;                                                                              \
 	}
-	if (family != AF_INET6)
-		return false;
-	read_v6(&tuple->src, sk, OFFSET_sock_common__skc_v6_rcv_saddr);
-	read_v6(&tuple->dst, sk, OFFSET_sock_common__skc_v6_daddr);
-	return true;
-}
 
-static __always_inline __u32 read_netns(const void *sk)
-{
-	const void *net;
-	__u32 inode;
-
-	READ(net, sk, OFFSET_sock_common__skc_net);
-	READ(inode, net, OFFSET_net__ns + OFFSET_ns_common__inum);
-	return inode;
-}
+DEFINE_SOCKET_READERS(, READ)
+DEFINE_SOCKET_READERS(_probed, PROBE)
 
 /* Totals of a TCP socket, as the contract counts them. bytes_received counts a received FIN as a byte (it follows
  * rcv_nxt, tcp_rcv_nxt_update), and tcp_fin() sets SOCK_DONE right after it; bytes_sent counts no SYN and no FIN, but

@@ -26,7 +26,13 @@ struct reported {
 struct connection {
 	struct record row;
 	struct reported reported;
-	__u64 visited; /* CLOCK_BOOTTIME ns: when the iterator last met the socket */
+	__u64 visited;	     /* CLOCK_BOOTTIME ns: when the iterator last met the socket */
+	struct address peer; /* whom the socket talks to; row.tuple.dst is whom connect() was told, if `rewritten` */
+	__u16 peer_port;
+	__u8 rewritten; /* a balancer at the socket changed the destination */
+	__u8 undialled; /* one may have: what connect() was told is not known */
+	__u8 keeps;	/* conntrack dropped the entry under this connection: the translation is kept for it */
+	__u8 reserved[3];
 };
 
 /* How conntrack rewrote an original tuple: the reply tuple, read as an answer. */
@@ -37,13 +43,52 @@ struct translation {
 	__u16 snat_port;
 	__u32 ct_id;
 	__u64 created; /* CLOCK_BOOTTIME ns: when the entry was inserted here */
-	__u64 conn_id; /* the connection that claimed it last; 0: no socket of this kernel has */
+	__u64 conn_id; /* the connection that claimed it last; 0: no socket of this kernel has; or enum claim */
 	__u64 socket;  /* that connection's socket, to ask whether it is still open */
 	__u8 nat;      /* enum nat */
 	__u8 source;   /* enum nat_source: CONNTRACK or DUMP */
 	__u16 zone;
-	__u8 ended; /* conntrack has dropped the entry: removed by the socket that claims it */
+	__u8 ended; /* conntrack has dropped the entry: removed by its socket */
 	__u8 reserved[3];
+};
+
+/* Claims that are no connection's id: those have a run id in their upper bits. */
+enum claim {
+	CLAIM_DATAGRAM = 1, /* a connected UDP socket's: `owners` says whose */
+	CLAIM_LOST = 2,	    /* a TCP socket's that found no room and was counted */
+	CLAIM_OVER = 3,	    /* over before the tracer began (written by user space) */
+};
+
+/* The process behind a connected UDP socket. */
+struct owner {
+	__u64 cgroup_id;
+	char comm[16];
+	__u32 pid; /* 0: not known, the socket was only met by the iterator */
+	__u32 netns;
+	struct address dialled; /* what connect() was told, if `rewritten` */
+	__u16 dialled_port;
+	__u8 rewritten; /* a balancer at the socket changed the destination */
+	__u8 undialled; /* one may have: what connect() was told is not known */
+	__u8 released;	/* the socket is closed: the entry goes with the translation */
+	__u8 reserved[3];
+};
+
+/* What a thread that is inside connect() gave to it. */
+struct dial {
+	struct address dst;
+	__u64 sk;
+	__u64 began; /* CLOCK_BOOTTIME ns */
+	__u16 port;  /* network order */
+	__u16 protocol;
+	__u8 fresh; /* the socket was neither connected nor connecting */
+	__u8 sent;  /* it went to SYN_SENT: its row is the connection's business */
+	__u8 reserved[2];
+};
+
+/* The key of a longest-prefix-match map; IPv4 networks are v4-mapped, their length plus 96. */
+struct network {
+	__u32 length;
+	__u32 address[4];
 };
 
 /* connections: socket pointer -> struct connection. Hash. Inserted at SYN_SENT and, for sockets older than the
@@ -56,9 +101,11 @@ struct translation {
 /* translations: struct tuple -> struct translation. Hash. Inserted at conntrack's NEW and by the dump at the start
  * (tracer/kernel/conntrack.py); deleted at DESTROY and by the reconciliation with a dump, for entries whose DESTROY
  * is not sent (born before anybody listened). Not deleted when a socket claims it: conntrack reuses an entry in
- * TIME_WAIT for a new connection without a NEW event. Kept beyond DESTROY if nobody claimed it and it is younger
- * than KEEP_NS: conntrack drops an entry as soon as the peer answers the first SYN with a RST, before the socket
- * hears of it; then the socket, or the reconciliation, removes it. Full: COUNT_LOST_TRANSLATION_MAP. */
+ * TIME_WAIT for a new connection without a NEW event. Kept beyond DESTROY, `ended`, in two cases, until the socket or
+ * the reconciliation removes it. A TCP entry that no socket claimed, that is not assured and younger than KEEP_NS:
+ * conntrack drops an entry as soon as the peer answers the first SYN with a RST, before the socket hears of it. And
+ * one whose socket is still open: somebody deleted it (conntrack -D), and the socket's next packet makes a new entry,
+ * which inherits the claim. Full: COUNT_LOST_TRANSLATION_MAP. */
 #define TRANSLATIONS MAP(TRANSLATIONS_FD)
 
 /* zones: 0..ZONES-1 -> u32 zone, 0 where unused. Array. Zones other than 0 in which an entry was seen; written
@@ -73,17 +120,37 @@ struct translation {
 /* counters: enum counter -> u64. Per-CPU array, never reset. */
 #define COUNTER_VALUES MAP(COUNTERS_FD)
 
-/* sequence: enum origin -> u64. Per-CPU array: how many connection ids that program has given out on this CPU.
- * A slot each, because one may interrupt the other. */
+/* sequence: 0 -> u64. Per-CPU array: how many connection ids were given out on this CPU. */
 #define SEQUENCE MAP(SEQUENCE_FD)
-enum origin { ORIGIN_TRACEPOINT, ORIGIN_ITERATOR, ORIGINS };
+
+/* owners: struct tuple (zone 0) -> struct owner. Hash. Inserted when a connected UDP socket whose tuple has a
+ * translation is closed or met by the iterator, and at its connect() where the connect probe runs; deleted with the
+ * translation once the socket is closed. Full: COUNT_LOST_OWNER_MAP. */
+#define OWNERS MAP(OWNERS_FD)
+
+/* dials: thread (pid_tgid) -> struct dial. Hash. From a connect()'s entry to its exit. Full: COUNT_LOST_DIAL_MAP. */
+#define DIALS MAP(DIALS_FD)
+
+/* excluded: struct network -> u8. Longest prefix match, written by user space before the programs are attached:
+ * connections to these destinations are not offered. Looked at if EXCLUDE_CIDRS. */
+#define EXCLUDED MAP(EXCLUDED_FD)
+
+/* untracked: struct network -> u32. Longest prefix match, written by user space: the subnets of bridges without bridge
+ * netfilter, each with its bridge's number. What stays on one bridge passes no hook. */
+#define UNTRACKED MAP(UNTRACKED_FD)
 
 /* control: enum control -> u64. Array, written by user space. */
 #define CONTROL MAP(CONTROL_FD)
 enum control {
 	CONTROL_MODE, /* enum mode: what the socket iterator does */
 	CONTROL_PAUSE, /* when the tracer began to stop (CLOCK_BOOTTIME ns), or 0: later connections are counted, not traced */
+	CONTROL_DIALS, /* enum dials: whether somebody rewrites destinations at the socket, and whether we see it */
 	CONTROLS
+};
+enum dials {
+	DIALS_ARE_PEERS, /* nobody rewrites them, and the connect probe is off */
+	DIALS_SEEN,	 /* the connect probe is on */
+	DIALS_UNSEEN,	 /* somebody does, and the connect probe is off */
 };
 enum mode {
 	MODE_ADOPT,   /* take in sockets that are older than the tracer */

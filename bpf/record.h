@@ -33,6 +33,7 @@ enum record_flag {
 	FLAG_LATENCY = 1 << 4,	   /* connect_latency_us is known and belongs to this row */
 	FLAG_PROCESS = 1 << 5,	   /* pid, comm and cgroup_id are those of the caller of connect() */
 	FLAG_IPV4 = 1 << 6,	   /* the addresses are v4-mapped */
+	FLAG_PROVISIONAL = 1 << 7, /* withdrawn by user space if a socket claims the entry after all (flow.h) */
 };
 
 enum role { ROLE_CLIENT, ROLE_FORWARDED, ROLE_SERVER };
@@ -74,7 +75,10 @@ struct record {
 	__u8 role;
 	__u8 nat;
 	__u8 nat_source;
-	__u8 reserved[4];
+	/* Of rows made from conntrack's DESTROY; 0 in others. tracer/kernel/flows.py makes times and results of them. */
+	__u8 ct_state;	/* TCP: enum tcp_conntrack of the last packet (nf_conntrack_tcp.h) */
+	__u8 ct_status; /* the low byte of CTA_STATUS */
+	__u16 ct_left;	/* seconds the entry had left when it was deleted; 0: it had expired */
 };
 
 _Static_assert(sizeof(struct tuple) == 40, "a tuple has 40 bytes, none of them padding");

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* The attach points. Compiled by bcc (tracer/kernel/loader.py), which passes as -D: map descriptors (*_FD), kernel
- * offsets (OFFSET_*), and the options NODE_NETNS, RUN_ID, INTERVAL_NS, INCLUDE_LOOPBACK, NETNS_FILTER. */
+ * offsets (OFFSET_*), and the options NODE_NETNS, RUN_ID, INTERVAL_NS, INCLUDE_LOOPBACK, NETNS_FILTER, ROLES (bits:
+ * 1 << enum role), ONLY_VIRTUAL, EXCLUDE_CIDRS, RING_BYTES. */
 #include "connection.h"
 #include "conntrack.h"
+#include "dial.h"
 #include "iterator.h"
 
 /* The socket as a tcp_sock, whose fields the verifier then knows; NULL for what only shares the hook: an MPTCP
@@ -28,7 +30,8 @@ int socket_state(__u64 *ctx)
 	const void *sk;
 
 	if (new_state != BPF_TCP_CLOSE && new_state != BPF_TCP_SYN_SENT &&
-	    !(new_state == BPF_TCP_ESTABLISHED && old_state == BPF_TCP_SYN_SENT))
+	    !(new_state == BPF_TCP_ESTABLISHED &&
+	      (old_state == BPF_TCP_SYN_SENT || (ROLES & 1 << ROLE_SERVER && old_state == BPF_TCP_SYN_RECV))))
 		return 0;
 	sk = tcp_socket((const void *)ctx[0]);
 	if (!sk)
@@ -37,8 +40,10 @@ int socket_state(__u64 *ctx)
 		connection_ends(sk, old_state);
 	else if (new_state == BPF_TCP_SYN_SENT)
 		connection_begins(sk);
-	else
+	else if (old_state == BPF_TCP_SYN_SENT)
 		connection_stands(sk);
+	else
+		connection_accepted(sk);
 	return 0;
 }
 
@@ -72,5 +77,46 @@ int bpf_iter__tcp(struct iterator_context *ctx)
 		sk = tcp_socket(sk);
 	if (sk)
 		visit(sk);
+	return 0;
+}
+
+/* iter/udp: every UDP socket of the namespace of whoever opened the iterator. Context: read() of the iterator. */
+struct datagram_context {
+	const void *meta;
+	const void *sk;
+};
+
+int bpf_iter__udp(struct datagram_context *ctx)
+{
+	if (ctx->sk)
+		visit_datagrams(ctx->sk);
+	return 0;
+}
+
+/* cgroup/sock_release: a socket is closed. Why: the last moment at which a connected UDP socket's tuple and process are
+ * known together; 5.9+. It never refuses. Context: whoever closes it. The context is the struct sock itself. */
+int socket_released(struct bpf_sock *ctx)
+{
+	__u8 state = 0;
+
+	if (ctx->protocol != IPPROTO_UDP)
+		return 1;
+	PROBE(state, ctx, OFFSET_sock_common__skc_state);
+	if (state == BPF_TCP_ESTABLISHED)
+		datagrams_end(ctx);
+	return 1;
+}
+
+/* tracepoint/syscalls/sys_enter_connect and sys_exit_connect: attached only where a balancer rewrites at the socket, or
+ * by option, because they tax every system call of the node. Context: the caller's. */
+int connect_enters(struct syscall_enter *ctx)
+{
+	dial_begins(ctx);
+	return 0;
+}
+
+int connect_exits(struct syscall_exit *ctx)
+{
+	dial_ends(ctx);
 	return 0;
 }

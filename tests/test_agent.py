@@ -332,7 +332,7 @@ def test_kill_leaves_nothing_in_the_kernel_and_no_half_file(cluster: Cluster, tm
     output = tmp_path / "data"
     with agent(cluster, output, "--rotate", "200ms") as running:
         programs = _programs_of(running.process.pid)
-        assert len(programs) == 4
+        assert len(programs) == 8
         assert programs <= _loaded()
         while not list((output / "connections").rglob("[!.]*.parquet")):
             cluster.clients[0].connect_many(50, cluster.vip(), SENDS, RECEIVES)

@@ -36,6 +36,8 @@ STRUCTS: dict[str, tuple[np.dtype, dict[str, str]]] = {
     "tuple": (TUPLE, {}),
     "record": (RECORD, {}),
     "translation": (maps.TRANSLATION, {}),
+    "owner": (maps.OWNER, {}),
+    "network": (maps.NETWORK, {}),
     "connection": (
         maps.CONNECTION,
         {
@@ -63,8 +65,10 @@ ENUMS: dict[str, tuple[str, dict[str, int]]] = {
     "mode": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("MODE_")}),
     "control": (
         "maps.h",
-        {name: value for name, value in vars(maps).items() if name.startswith("CONTROL_")} | {"CONTROLS": 2},
+        {name: value for name, value in vars(maps).items() if name.startswith("CONTROL_")} | {"CONTROLS": 3},
     ),
+    "claim": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("CLAIM_")}),
+    "dials": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("DIALS_")}),
 }
 
 _COMPILE = """
@@ -83,6 +87,7 @@ def assertions() -> list[str]:
             c_name = renamed.get(field, field)
             lines.append(f"offsetof(struct {struct}, {c_name}) == {offset}")
             lines.append(f"sizeof(((struct {struct} *)0)->{c_name}) == {kind.itemsize}")
+    lines.append(f"sizeof(struct dial) == {maps.DIAL_BYTES}")
     for _, values in ENUMS.values():
         lines += [f"{name} == {value}" for name, value in values.items()]
     return lines
@@ -94,7 +99,7 @@ def compile_with(conditions: list[str], tmp_path: Path) -> str:
     asserted = (f'_Static_assert({condition}, "layout");\n' for condition in conditions)
     source.write_text('#include "maps.h"\n' + "".join(asserted))
     descriptors = {field.name: 0 for field in fields(maps.Maps)}
-    flags = loader.flags(loader.Job(maps=descriptors, constants={}, node_netns=""))
+    flags = loader.flags(loader.Job(maps=descriptors, constants={}, node_netns="", cgroups=None))
     done = subprocess.run(
         [sys.executable, "-c", _COMPILE, str(HEADERS), str(source), *flags], capture_output=True, text=True, check=False
     )
@@ -122,7 +127,7 @@ def test_the_compiler_would_have_told(tmp_path: Path) -> None:
     assert said.count("error: static") + said.count("error: _Static") == len(wrong)
 
 
-@pytest.mark.parametrize("dtype", [TUPLE, RECORD, maps.TRANSLATION, maps.CONNECTION])
+@pytest.mark.parametrize("dtype", [TUPLE, RECORD, maps.TRANSLATION, maps.CONNECTION, maps.OWNER])
 def test_no_byte_is_left_undescribed(dtype: np.dtype) -> None:
     assert sum(kind.itemsize for kind, *_ in (dtype.fields or {}).values()) == dtype.itemsize
     assert dtype.itemsize % 8 == 0  # records lie one behind the other in the ring, at multiples of eight

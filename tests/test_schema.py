@@ -30,7 +30,9 @@ VERSION_1 = [
 
 def test_connections_are_those_of_version_1() -> None:
     assert schema.SCHEMA_VERSION == 1
-    assert [(f.name, f.type, f.nullable) for f in schema.arrow("connections")] == VERSION_1
+    fields = [(f.name, f.type, f.nullable) for f in schema.arrow("connections")]
+    assert fields[: len(VERSION_1)] == VERSION_1
+    assert fields[len(VERSION_1) :] == [("ip_bytes_sent", pa.uint64(), True), ("ip_bytes_received", pa.uint64(), True)]
 
 
 @pytest.mark.parametrize("table", schema.TABLES)
@@ -51,7 +53,7 @@ def test_names_in_other_standards() -> None:
 
 def test_every_measure_has_a_unit() -> None:
     for column in schema.CONNECTIONS:
-        measure = column.name.startswith(("bytes_", "packets_")) or column.name.endswith("_us")
+        measure = column.name.startswith(("bytes_", "ip_bytes_", "packets_")) or column.name.endswith("_us")
         assert (column.unit is not None) == (measure or column.name in {"ts", "started", "retransmits"}), column.name
 
 

@@ -26,6 +26,11 @@ DRAIN_S, HURRIED_DRAIN_S = 0.1, 0.02
 _HURRY = 0.05
 #: Reconciliation with conntrack's table: while entries are left whose end nobody will tell, and otherwise.
 RECONCILE_S, RECONCILE_IDLE_S = 60.0, 600.0
+#: While there are flows (forwarded, UDP), conntrack's table is read four times an interval, at the most every
+#: FLOWS_S, and so that reading takes no more than a fiftieth of the time.
+FLOWS_S, FLOWS_SHARE = 15.0, 50.0
+#: How often a balancer at the socket is looked for, which may be installed at any time.
+BALANCERS_S = 60.0
 #: How often connections are looked for whose end nobody saw.
 SWEEP_S = 60.0
 #: The signals that end the agent in good order.
@@ -79,6 +84,11 @@ def interim_period(interval_s: float) -> float:
     return min(max(interval_s / 12, 0.25), 10.0)
 
 
+def flows_period(interval_s: float, dumped_s: float) -> float:
+    """How often conntrack's table is read while there are flows; `dumped_s` is what the last time took."""
+    return max(min(max(interval_s / 4, 0.25), FLOWS_S), FLOWS_SHARE * dumped_s)
+
+
 def follow(
     capture: Capture,
     take: Callable[[Records], object],
@@ -111,14 +121,18 @@ def follow(
 
     def reconcile() -> None:
         nonlocal reconciled
-        if capture.needs_reconciliation or time.monotonic() - reconciled >= RECONCILE_IDLE_S:
+        since = time.monotonic() - reconciled
+        wanted = since >= RECONCILE_IDLE_S or (since >= RECONCILE_S and capture.needs_reconciliation)
+        if wanted or capture.has_flows:
             capture.reconcile(hand_over)
             reconciled = time.monotonic()
 
-    period = interim_period(capture.options.interval_s)
+    interval = capture.options.interval_s
+    period = interim_period(interval)
     rhythm.every(lambda: period, lambda: capture.interim(hand_over))
     rhythm.every(lambda: 1.0, clock.observe)
-    rhythm.every(lambda: RECONCILE_S, reconcile)
+    rhythm.every(lambda: flows_period(interval, capture.dumped_s), reconcile)
+    rhythm.every(lambda: BALANCERS_S, capture.watch_balancers)
     rhythm.every(lambda: SWEEP_S, capture.sweep)
     while True:
         received = signal.sigtimedwait(STOP_SIGNALS, sleep)
@@ -161,7 +175,7 @@ def run(options: AgentOptions) -> None:
         identity = Run.here(
             options.node,
             programs=",".join(capture.programs),
-            roles="client",
+            roles=",".join(options.capture.roles),
             interval_s=round(options.capture.interval_s),
         )
         writer = DatasetWriter(

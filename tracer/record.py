@@ -52,7 +52,9 @@ RECORD = np.dtype(
         ("role", "u1"),
         ("nat", "u1"),
         ("nat_source", "u1"),
-        ("reserved", "u1", (4,)),
+        ("ct_state", "u1"),
+        ("ct_status", "u1"),
+        ("ct_left", "<u2"),
     ]
 )
 
@@ -67,6 +69,7 @@ class Flag(enum.IntFlag):
     LATENCY = 1 << 4
     PROCESS = 1 << 5
     IPV4 = 1 << 6
+    PROVISIONAL = 1 << 7
 
 
 class Nat(enum.IntFlag):
@@ -152,3 +155,11 @@ class Counter(enum.IntEnum):
     MALFORMED_EVENTS = 18
     STALE_DESTROY = 19
     KEPT = 20
+    ACCEPTED = 21
+    FAILED = 22
+    FLOWS = 23
+    LOST_FLOW_RING = 24
+    TRANSIT = 25
+    LOST_OWNER_MAP = 26
+    LOST_DIAL_MAP = 27
+    UNDIALLED = 28

@@ -197,18 +197,17 @@ CONNECTIONS: tuple[Column, ...] = (
     _null(
         "bytes_sent",
         pa.uint64(),
-        "application bytes from client to server in the interval; null where not counted",
+        "application bytes from client to server in the interval; null where not counted, and for TCP of role "
+        "forwarded, whose headers and retransmissions conntrack does not tell apart (see ip_bytes_sent)",
         unit="byte",
         ecs="source.bytes",
-        ipfix="initiatorOctets",
     ),
     _null(
         "bytes_received",
         pa.uint64(),
-        "application bytes from server to client in the interval; null where not counted",
+        "application bytes from server to client in the interval; null as for bytes_sent",
         unit="byte",
         ecs="destination.bytes",
-        ipfix="responderOctets",
     ),
     _null(
         "packets_sent",
@@ -230,6 +229,21 @@ CONNECTIONS: tuple[Column, ...] = (
     _null("rtt_us", pa.uint32(), "smoothed round-trip time at ts", unit="us"),
     _null("ct_zone", pa.uint16(), "zone of the connection tracking entry"),
     _null("ct_id", pa.uint32(), "id of the connection tracking entry, as `conntrack -L -o id` prints it"),
+    _null(
+        "ip_bytes_sent",
+        pa.uint64(),
+        "bytes from client to server with their IP and transport headers, and with what was sent again, where only "
+        "conntrack counted them (role forwarded, and UDP)",
+        unit="byte",
+        ipfix="initiatorOctets",
+    ),
+    _null(
+        "ip_bytes_received",
+        pa.uint64(),
+        "bytes from server to client with their IP and transport headers, likewise",
+        unit="byte",
+        ipfix="responderOctets",
+    ),
 )
 
 
@@ -253,15 +267,23 @@ COVERAGE: tuple[Column, ...] = (
     Column("first", pa.bool_(), "the first row of the run: nothing was observed before `started`"),
     Column("last", pa.bool_(), "the last row of the run: nothing was observed after `ts`; missing after a crash"),
     _count("opened", "connections that began: a local socket entered SYN_SENT"),
+    _count("accepted", "connections that a local socket accepted (role server)"),
+    _count("failed", "connects that failed before the first SYN (seen with the connect probe)"),
     _count("adopted", "connections found open at the start"),
     _count("closed", "closing records handed over by the kernel side", "row"),
     _count("interim", "interim records handed over by the kernel side", "row"),
-    _count("excluded", "connections left out after they began: loopback without a rewrite"),
+    _count("excluded", "connections left out after they began: loopback without a rewrite, or by option"),
+    _count("flows", "flows that ended: what only conntrack tells of (role forwarded, and UDP)", "row"),
+    _count("withdrawn", "rows of flows that were none: a socket of this node claimed them, or they were over", "row"),
+    _count("transit", "entries that ended without a row: no local socket's, and not rewritten by this node", "entry"),
     Column("emitted", pa.uint64(), "rows handed to the writer", unit="row"),
     Column("written", pa.uint64(), "rows that reached a published file", unit="row"),
     _count("lost_ring", "LOST: closing records that found the ring buffer full", "row"),
     _count("lost_connection_map", "LOST: connections that found the connection map full"),
     _count("lost_end", "LOST: closing records nobody made: the socket is gone, and its end was not seen", "row"),
+    _count("lost_flow_ring", "LOST: closing records of flows that found the ring buffer full", "row"),
+    _count("lost_owner_map", "LOST: processes of UDP sockets that found no room: their rows are of role forwarded"),
+    _count("lost_dial_map", "LOST: addresses given to connect() that found no room"),
     _count("lost_translation_map", "LOST: translations that found the translation map full", "translation"),
     Column("lost_writer", pa.uint64(), "LOST: rows that never reached a published file", unit="row"),
     _count("deferred", "interim records that found the ring buffer full: the next row carries them", "row"),
@@ -269,6 +291,8 @@ COVERAGE: tuple[Column, ...] = (
     _count("late_end", "connections whose end the kernel did not show, taken when the socket was freed"),
     _count("missed_runs", "state changes for which the kernel did not run a program; most are made up for", "event"),
     _count("unresolved", "closing records whose translation is unknown", "row"),
+    _count("untold", "flows whose end only a dump told: what they moved since the dump before is in no row", "row"),
+    _count("undialled", "connections whose dialled address may have been rewritten, and was not seen"),
     _count("ambiguous", "joins refused: one tuple open in two namespaces, or in two zones"),
     _count("after_pause", "connections that began while the tracer was stopping: in no row"),
     _count("conntrack_new", "connection tracking entries born", "event"),
@@ -276,9 +300,16 @@ COVERAGE: tuple[Column, ...] = (
     _count("ignored_protocol", "connection tracking events of protocols that are not traced", "event"),
     _count("malformed_events", "connection tracking events whose layout was not understood", "event"),
     _count("stale_destroy", "ends of connection tracking entries that were not, or no longer, known", "event"),
-    _count("kept", "entries that connection tracking dropped at once (the peer refused), kept for the socket", "event"),
+    _count("kept", "entries that connection tracking dropped before their socket was done, kept for it", "event"),
     _count("enobufs", "times the kernel could not deliver connection tracking events", "event"),
     _null("open_connections", pa.uint64(), "connections open at ts (a gauge)", unit="connection"),
+    _null(
+        "directional",
+        pa.uint64(),
+        "connection tracking entries with a zone for one direction only, which no tuple is joined with, as of the last "
+        "dump (a gauge)",
+        unit="entry",
+    ),
     _null("translations", pa.uint64(), "translations known at ts (a gauge)", unit="translation"),
 )
 

@@ -173,7 +173,7 @@ def test_sources_inside_the_package_come_before_those_beside_it(
 
 
 def test_a_job_survives_the_socket() -> None:
-    job = loader.Job(maps={"connections": 7}, constants={"RUN_ID": 1 << 15}, node_netns="/proc/1/ns/net")
+    job = loader.Job(maps={"connections": 7}, constants={"RUN_ID": 1 << 15}, node_netns="/proc/1/ns/net", cgroups=None)
     assert loader.Job.decode(job.encode()) == job
 
 
@@ -181,7 +181,7 @@ def test_a_job_survives_the_socket() -> None:
 def test_every_map_reaches_the_compiler_by_its_name() -> None:
     maps = Maps.create(SIZES)
     try:
-        flags = loader.flags(loader.Job(maps=maps.descriptors(), constants={"RUN_ID": 5}, node_netns=""))
+        flags = loader.flags(loader.Job(maps=maps.descriptors(), constants={"RUN_ID": 5}, node_netns="", cgroups=None))
     finally:
         maps.close()
     source = "".join(path.read_text() for path in loader.source_directory().glob("*.h"))

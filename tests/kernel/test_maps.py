@@ -48,13 +48,16 @@ def test_the_arithmetic_is_the_kernels(sizes: Sizes) -> None:
 @pytest.mark.needs("bpf")
 def test_an_entry_costs_what_the_documentation_says() -> None:
     """At a power of two, where an entry has a bucket of its own."""
-    said = re.search(r"connection costs (\d+) bytes .* translation (\d+), a record (\d+)", Sizes.__doc__ or "")
+    said = re.search(
+        r"connection costs (\d+) .* translation (\d+), an owner (\d+), a record (\d+)", Sizes.__doc__ or ""
+    )
     assert said
-    connection, translation, record = map(int, said.groups())
+    connection, translation, owner, record = map(int, said.groups())
     maps = Maps.create(Sizes())
     try:
         assert charged(maps.connections) / Sizes().connections == pytest.approx(connection, rel=0.001)
         assert charged(maps.translations) / Sizes().translations == pytest.approx(translation, rel=0.001)
+        assert charged(maps.owners) / Sizes().owners == pytest.approx(owner, rel=0.001)
     finally:
         maps.close()
     assert record == RECORD.itemsize + 8

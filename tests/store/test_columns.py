@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tracer import schema
 from tracer.clock import WallClock
-from tracer.record import RECORD, RESULT_OPEN, Flag, Nat, NatSource
+from tracer.record import RECORD, RESULT_OPEN, Flag, Nat, NatSource, Role
 from tracer.store.columns import address_text, comm_text, table
 
 EPOCH = 1_700_000_000 * 10**9
@@ -47,7 +47,8 @@ def row_of(**values: object) -> dict[str, object]:
 def test_a_whole_row() -> None:
     nothing = dict.fromkeys(
         ["src_namespace", "src_pod", "src_workload", "dst_namespace", "dst_service", "dst_service_port", "backend_pod",
-         "backend_workload", "backend_node", "backend_zone", "snat_ip", "snat_port"]
+         "backend_workload", "backend_node", "backend_zone", "snat_ip", "snat_port", "ip_bytes_sent",
+         "ip_bytes_received"]
     )  # fmt: skip
     assert row_of() == nothing | {
         "node": "node-1", "ts": EPOCH + 5_000_000_999, "conn_id": 11, "opened": True, "closed": True,
@@ -83,6 +84,28 @@ def test_columns_are_in_the_order_of_the_schema() -> None:
 def test_null_where_it_is_not_known(change: dict[str, object], null: set[str]) -> None:
     usual, changed = row_of(), row_of(**change)
     assert {name for name in changed if changed[name] is None and usual[name] is not None} == null
+
+
+@pytest.mark.parametrize(
+    ("what", "sent"),
+    [
+        ({"protocol": 17}, 1000 - 10 * 28),
+        ({"protocol": 17, "role": Role.FORWARDED}, 1000 - 10 * 28),
+        ({"protocol": 17, "flags": sum(Flag) & ~Flag.IPV4}, 1000 - 10 * 48),
+        ({"role": Role.FORWARDED}, None),
+        ({"protocol": 132, "role": Role.FORWARDED}, None),
+    ],
+)
+def test_what_conntrack_counted_has_headers(what: dict[str, int], sent: int | None) -> None:
+    """A datagram has 20 (IPv6: 40) bytes of IP header and 8 of UDP; a TCP segment's options are not known."""
+    row = row_of(bytes_sent=1000, packets_sent=10, **what)
+    assert (row["bytes_sent"], row["ip_bytes_sent"], row["packets_sent"]) == (sent, 1000, 10)
+    assert row["retransmits"] is None
+
+
+def test_an_accepting_socket_is_where_the_connection_went() -> None:
+    row = row_of(role=Role.SERVER, nat=Nat.UNKNOWN)
+    assert (row["nat"], row["backend_ip"], row["backend_port"]) == ("unknown", "10.0.1.9", 8443)
 
 
 def test_zero_is_not_null() -> None:
@@ -167,8 +190,12 @@ def test_any_bytes_make_a_valid_table(data: bytes) -> None:
         assert field.nullable or made[field.name].null_count == 0, field.name
     for raw, row in zip(records, made.drop_columns(["ts", "started"]).to_pylist(), strict=True):
         unknown = row["nat"] == "unknown"
-        assert (row["backend_ip"] is None) == (row["backend_port"] is None) == unknown
+        assert (row["backend_ip"] is None) == (row["backend_port"] is None) == (unknown and raw["role"] != Role.SERVER)
         assert (row["snat_ip"] is None) == (row["snat_port"] is None) == ("snat" not in row["nat"])
-        assert (row["bytes_sent"] is None) == (not raw["flags"] & Flag.COUNTED)
+        counted, protocol = raw["flags"] & Flag.COUNTED, raw["tuple"]["protocol"]
+        of_socket = raw["role"] != Role.FORWARDED and protocol == 6
+        assert (row["bytes_sent"] is None) == (not counted or not (of_socket or protocol == 17))
+        assert (row["ip_bytes_sent"] is None) == (not counted or of_socket)
+        assert (row["packets_sent"] is None) == (not counted)
         assert (row["comm"] is None) == (row["pid"] is None) == (not raw["flags"] & Flag.PROCESS)
-        assert (row["ct_id"] is None) == (unknown or raw["nat_source"] == NatSource.NULL)
+        assert (row["ct_id"] is None) == (unknown or raw["nat_source"] == NatSource.NULL or not raw["ct_id"])

@@ -56,6 +56,25 @@ def node_name(text: str) -> str:
     return text
 
 
+def roles(text: str) -> tuple[str, ...]:
+    """Roles, comma separated."""
+    chosen = tuple(part.strip() for part in text.split(","))
+    unknown = [part for part in chosen if part not in ("client", "forwarded", "server")]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is no role: choose among client, forwarded and server.")
+    return chosen
+
+
+def cidr(text: str) -> str:
+    """A network, such as 10.0.0.0/8 or fd00::/8."""
+    import ipaddress  # not for --help
+
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no network ({error}): write it as in 10.0.0.0/8.") from error
+
+
 def capture_options(command: F) -> F:
     """What is captured: for every command that attaches to the node."""
     for option in reversed(
@@ -63,12 +82,20 @@ def capture_options(command: F) -> F:
             click.option("--netns", metavar="PATH", help="The node's network namespace. Default: the own one."),
             click.option("--only-netns", metavar="PATH", multiple=True, help="Trace only these namespaces' sockets."),
             click.option("--ignore-netns", metavar="PATH", multiple=True, help="Leave out these namespaces' sockets."),
+            click.option("--roles", type=roles, default="client,forwarded", show_default=True,
+                         help="Whose connections get rows: client, forwarded, server."),
+            click.option("--exclude-cidr", type=cidr, metavar="CIDR", multiple=True,
+                         help="Leave out connections to this network."),
+            click.option("--only-virtual", is_flag=True,
+                         help="Rows only for connections whose destination was rewritten, or may have been."),
+            click.option("--connect-probe", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+                         help="Note what connect() is told: auto, where a program rewrites it."),
             click.option("--loopback/--no-loopback", default=False, help="Also connections from loopback to loopback."),
             click.option(
                 "--interval", type=duration, default="60s", show_default=True, help="A row per connection this often."
             ),
             click.option("--max-connections", type=click.IntRange(1, 1 << 24), default=65_536, show_default=True,
-                         help="Room for open connections (312 bytes of kernel memory each)."),
+                         help="Room for open connections (336 bytes of kernel memory each)."),
             click.option("--max-translations", type=click.IntRange(1, 1 << 24), default=131_072, show_default=True,
                          help="Room for conntrack entries (176 bytes of kernel memory each)."),
             click.option("--ring-bytes", type=ring_size, metavar="SIZE", default="2MiB", show_default=True,
@@ -102,5 +129,9 @@ def capture_from(values: dict[str, Any]) -> Any:
         only_netns=values.pop("only_netns"),
         ignore_netns=values.pop("ignore_netns"),
         loopback=values.pop("loopback"),
+        roles=values.pop("roles"),
+        connect_probe=values.pop("connect_probe"),
+        exclude_cidrs=values.pop("exclude_cidr"),
+        only_virtual=values.pop("only_virtual"),
         sizes=sizes,
     )

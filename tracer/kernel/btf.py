@@ -25,6 +25,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("sock_common", "skc_v6_daddr"),
     ("sock_common", "skc_v6_rcv_saddr"),
     ("sock", "sk_err"),
+    ("sock", "sk_protocol"),
     ("sock_common", "skc_flags"),
     ("inet_sock", "inet_sport"),
     ("tcp_sock", "bytes_sent"),
@@ -36,6 +37,13 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("tcp_sock", "srtt_us"),
     ("net", "ns"),
     ("ns_common", "inum"),
+    ("task_struct", "files"),
+    ("files_struct", "fdt"),
+    ("fdtable", "max_fds"),
+    ("fdtable", "fd"),
+    ("file", "private_data"),
+    ("socket", "sk"),
+    ("socket", "state"),
 )
 _KIND_STRUCT, _KIND_UNION, _KIND_ENUM = 4, 5, 6
 _KINDS_NAMED = {8, 9, 10, 11}  # typedef, volatile, const, restrict

@@ -6,6 +6,8 @@ and what has to be done regularly; leaves to `tracer.agent` when, and what becom
 
 import contextlib
 import errno
+import ipaddress
+import logging
 import os
 import random
 import socket
@@ -18,22 +20,34 @@ import numpy as np
 import numpy.typing as npt
 
 from tracer.errors import TracerError
-from tracer.kernel import conntrack, handover, libbpf, netns
+from tracer.kernel import bridges, conntrack, handover, libbpf, mounts, netns, perf
+from tracer.kernel.flows import Flows, are_flows
 from tracer.kernel.loader import Job
 from tracer.kernel.maps import (
+    CLAIM_DATAGRAM,
+    CLAIM_OVER,
     CONNECTION,
+    CONTROL_DIALS,
     CONTROL_MODE,
     CONTROL_PAUSE,
+    DIALS_ARE_PEERS,
+    DIALS_SEEN,
+    DIALS_UNSEEN,
     MODE_ADOPT,
     MODE_FLUSH,
     MODE_INTERIM,
+    NETWORK,
+    OWNER,
     TRANSLATION,
     ZONES,
     Maps,
     Sizes,
 )
 from tracer.kernel.ring import Ring
-from tracer.record import RECORD, TUPLE, NatSource
+from tracer.kernel.timeouts import TCP_CLOSE, TCP_TIME_WAIT, Timeouts
+from tracer.record import RECORD, ROLE_NAMES, TUPLE, Nat, NatSource
+
+_log = logging.getLogger(__name__)
 
 #: A key of the connections map: a socket's address.
 _SOCKET = np.dtype("<u8")
@@ -41,13 +55,20 @@ _SOCKET = np.dtype("<u8")
 
 @dataclass(frozen=True)
 class Options:
-    """What is captured. Namespaces are given by path."""
+    """What is captured. Namespaces are given by path, networks as in "10.0.0.0/8".
+
+    `connect_probe` is "on", "off", or "auto": on where a program rewrites addresses inside connect().
+    """
 
     node_netns: str = netns.OWN
     interval_s: float = 60
     only_netns: tuple[str, ...] = ()
     ignore_netns: tuple[str, ...] = ()
     loopback: bool = False
+    roles: tuple[str, ...] = ("client", "forwarded")
+    connect_probe: str = "auto"
+    exclude_cidrs: tuple[str, ...] = ()
+    only_virtual: bool = False
     sizes: Sizes = field(default_factory=Sizes)
     run_id: int = field(default_factory=lambda: random.getrandbits(16))
 
@@ -68,16 +89,29 @@ class Capture:
         self.options = options
         self.enobufs = 0
         self._dumped_alive, self._kept, self._enobufs_then = False, 0, 0
-        self._dump_malformed = self._dump_lost = self._lost_end = 0
+        self._dump_malformed = self._dump_directional = self._dump_lost = self._lost_end = 0
         self._filter = self._netns_filter()
+        self._outbox: list[npt.NDArray[Any]] = []
+        self._probe: list[int] = []
+        self._bridges: list[tuple[bridges.Network, int]] = []
+        self._cgroups: int | None = None
+        self.dumped_s = 0.0
         with contextlib.ExitStack() as undo:
             self.maps = Maps.create(options.sizes)
             undo.callback(self.maps.close)
             for inode in self._filter[1]:
                 if libbpf.map_update(self.maps.netns_list, inode.to_bytes(4, "little"), b"\1"):
                     raise TracerError(f"At most {options.sizes.namespaces} namespaces can be chosen or left out.")
+            self._exclude()
+            self._find_cgroups()
+            undo.callback(self._close_cgroups)
+            # Until it is known what they are.
+            self.maps.set_control(CONTROL_DIALS, DIALS_UNSEEN if options.connect_probe != "on" else DIALS_SEEN)
             self._descriptors = handover.load(self._job())
             undo.callback(self._detach)
+            undo.callback(self._detach_probe)
+            self.watch_balancers()
+            self._flows = Flows(options.run_id, int(options.interval_s * 1e9))
             self._netlink = socket.socket(fileno=os.dup(self._descriptors["conntrack_socket"]))
             undo.callback(self._netlink.close)
             self._ring = Ring(self.maps.records, options.sizes.ring_bytes, RECORD)
@@ -112,16 +146,57 @@ class Capture:
                 "INTERVAL_NS": int(self.options.interval_s * 1e9),
                 "INCLUDE_LOOPBACK": int(self.options.loopback),
                 "NETNS_FILTER": self._filter[0],
+                "ROLES": sum(1 << number for number, role in ROLE_NAMES.items() if role in self.options.roles),
+                "ONLY_VIRTUAL": int(self.options.only_virtual),
+                "EXCLUDE_CIDRS": int(bool(self.options.exclude_cidrs)),
                 "RING_BYTES": self.options.sizes.ring_bytes,
             },
             node_netns=self.options.node_netns.replace("thread-self", str(os.getpid())),
+            cgroups=self._cgroups,
         )
+
+    def _exclude(self) -> None:
+        for text in self.options.exclude_cidrs:
+            if libbpf.map_update(self.maps.excluded, _network(ipaddress.ip_network(text)), b"\1"):
+                raise TracerError(f"At most {self.options.sizes.networks} networks can be excluded.")
+
+    def _find_cgroups(self) -> None:
+        try:
+            self._cgroups = mounts.host_cgroups()
+        except TracerError as error:
+            _log.warning("%s Without it, UDP rows do not say whose socket it was.", error)
+
+    def _close_cgroups(self) -> None:
+        if self._cgroups is not None:
+            os.close(self._cgroups)
+
+    def _detach_probe(self) -> None:
+        for descriptor in self._probe:
+            os.close(descriptor)
+
+    def watch_balancers(self) -> None:
+        """Attaches the connect probe if it is wanted: by option, or as soon as a balancer at the socket is found."""
+        if self._probe:
+            return
+        wanted = self.options.connect_probe
+        balanced = wanted != "on" and self._cgroups is not None and _balanced(self._cgroups)
+        if wanted == "on" or (wanted == "auto" and balanced):
+            self.maps.set_control(CONTROL_DIALS, DIALS_SEEN)
+            for name in ("connect_enters", "connect_exits"):
+                tracepoint = f"syscalls/sys_{name.removeprefix('connect_')[:-1]}_connect"
+                self._probe.append(perf.attach_tracepoint(self._descriptors[f"{name}_program"], tracepoint))
+            _log.info("the connect probe is on%s", ": a program rewrites addresses in connect()" if balanced else "")
+            return
+        if balanced:
+            _log.warning("a program rewrites addresses in connect(), and the connect probe is off: what was dialled "
+                         "is unknown")  # fmt: skip
+        self.maps.set_control(CONTROL_DIALS, DIALS_UNSEEN if balanced else DIALS_ARE_PEERS)
 
     def _take_in(self) -> None:
         """Translations first, so that sockets find theirs; then once more, for what ended meanwhile."""
-        self.reconcile()
+        self.reconcile(starting=True)
         self._walk(MODE_ADOPT)
-        self.reconcile()
+        self.reconcile(starting=True)
 
     def _detach(self) -> None:
         for descriptor in self._descriptors.values():
@@ -130,8 +205,22 @@ class Capture:
     # -- while it runs ----------------------------------------------------------------------------------------------
 
     def drain(self) -> npt.NDArray[Any]:
-        """Finished records, in the order of the ring: an array of RECORD."""
-        return self._ring.drain()
+        """Finished records: an array of RECORD."""
+        records = self._flows.settle(self._ring.drain())
+        if self._flows.holds:
+            self._outbox.append(self._flows.release(_boot_ns(), self._unclaimed))
+        if self._outbox:
+            records = np.concatenate((records, *self._outbox), dtype=RECORD)
+            self._outbox.clear()
+        return records
+
+    def _unclaimed(self, key: bytes, ct_id: int) -> bool:
+        """Whether a kept translation waits in vain for a socket; then it waits no longer."""
+        raw = libbpf.map_lookup(self.maps.translations, key, TRANSLATION.itemsize)
+        value = np.frombuffer(raw, TRANSLATION)[0] if raw else None
+        if value is None or value["ct_id"] != ct_id:
+            return True  # conntrack has made another entry of the tuple meanwhile
+        return value["conn_id"] == 0 and libbpf.map_delete(self.maps.translations, key)
 
     def fill(self) -> float:
         """How full the ring is, 0 to 1."""
@@ -145,6 +234,9 @@ class Capture:
             "tp_btf/tcp_destroy_sock",
             "socket_filter/ctnetlink",
             "iter/tcp",
+            "iter/udp",
+            *(["cgroup/sock_release"] if "socket_released" in self._descriptors else []),
+            *(["tracepoint/sys_enter_connect", "tracepoint/sys_exit_connect"] if self._probe else []),
         )
 
     def program_descriptors(self) -> dict[str, int]:
@@ -160,13 +252,15 @@ class Capture:
         totals["lost_end"] += self._lost_end
         totals["missed_runs"] = sum(map(libbpf.recursion_misses, self.program_descriptors().values()))
         totals["malformed_events"] += self._dump_malformed
+        totals["withdrawn"], totals["untold"] = self._flows.withdrawn, self._flows.untold
         return totals
 
     def totals(self) -> dict[str, int]:
-        """`counters`, and the levels `open_connections` and `translations` (reads both maps: for coverage)."""
+        """`counters`, and the levels of `tracer.store.coverage.GAUGES` (reads both maps)."""
         open_now = libbpf.map_count(self.maps.connections, _SOCKET, CONNECTION)
         known = libbpf.map_count(self.maps.translations, TUPLE, TRANSLATION)
-        return self.counters() | {"open_connections": open_now, "translations": known}
+        levels = {"open_connections": open_now, "translations": known, "directional": self._dump_directional}
+        return self.counters() | levels
 
     def interim(self, hand_over: Callable[[], object]) -> None:
         """Rows for every connection whose interval is over.
@@ -181,10 +275,15 @@ class Capture:
         self.maps.set_control(CONTROL_PAUSE, _boot_ns())
         self._emit_all(MODE_FLUSH, hand_over)
         self.sweep()
+        self.reconcile(hand_over, stopping=True)
         # Detached before the last drain, so that nothing goes into a ring that nobody empties.
-        for name in ("socket_state", "socket_destroyed"):
+        for name in ("socket_state", "socket_destroyed", "conntrack_socket"):
             os.close(self._descriptors.pop(name))
+        self._netlink.close()
         hand_over()
+        while self._flows.holds:
+            time.sleep(0.05)
+            hand_over()
 
     def _emit_all(self, mode: int, hand_over: Callable[[], object]) -> None:
         """Walks again while rows found no room: each walk that hands over half a ring makes progress."""
@@ -196,13 +295,16 @@ class Capture:
     def _walk(self, mode: int) -> set[int]:
         """Runs the socket iterator over every network namespace that is visible here; which ones it was."""
         self.maps.set_control(CONTROL_MODE, mode)
+        return self._walk_with("socket_iterator")
+
+    def _walk_with(self, iterator: str) -> set[int]:
         walked = set()
         for inode, path in netns.visible().items():
             if not self._wanted(inode):
                 continue
             with contextlib.suppress(TracerError):  # gone meanwhile, and its sockets with it
                 with netns.entered(path):
-                    walk = libbpf.iter_create(self._descriptors["socket_iterator"])
+                    walk = libbpf.iter_create(self._descriptors[iterator])
                 _read_to_end(walk)
                 walked.add(inode)
         return walked
@@ -232,13 +334,15 @@ class Capture:
 
     def _read_socket_error(self) -> None:
         """Counts that the kernel could not allocate an event (ENOBUFS); the next reconciliation makes up for it."""
-        if self._netlink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if self._netlink.fileno() >= 0 and self._netlink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.enobufs += 1
 
     # -- translations ------------------------------------------------------------------------------------------------
 
-    def reconcile(self, hand_over: Callable[[], object] = lambda: None) -> None:
-        """Makes the translations map agree with conntrack's table.
+    def reconcile(
+        self, hand_over: Callable[[], object] = lambda: None, *, starting: bool = False, stopping: bool = False
+    ) -> None:
+        """Makes the translations map agree with conntrack's table, and gives flows their interim rows.
 
         Inserts what is missing, and removes entries that conntrack no longer has: those born before anybody listened
         end without a DESTROY (nf_conntrack_events=2), and a DESTROY may be lost. What was born or inserted after the
@@ -246,34 +350,110 @@ class Capture:
 
         Args:
             hand_over: drains the ring; called in between, as a large table takes a while.
+            starting: what is over already is not to be reported.
+            stopping: every flow gets a row.
 
         Raises:
             TracerError: conntrack does not answer.
         """
+        self._claim_datagrams()
         earlier = _identity(*self._known())
         began = _boot_ns()
         with netns.entered(self.options.node_netns):
-            entries, malformed = conntrack.dump(began, hand_over)
-        self._dump_malformed += malformed
+            dumped = conntrack.dump(began, hand_over)
+            self._flows.timeouts = Timeouts.here()
+            self._remember_bridges(bridges.unfiltered())
+        entries = dumped.entries
+        self._dump_malformed += dumped.malformed
+        self._dump_directional = dumped.directional
         self._remember_zones(entries["value"]["zone"])
+        hand_over()  # so that no closing record is older than what is read now
         keys, values = self._translations()
-        hand_over()
         known = _identity(keys, values["ct_id"])
         listed = _identity(entries["key"], entries["value"]["ct_id"])
         # Also not what was known before the dump and is not now: it ended meanwhile.
-        missing = entries[~np.isin(listed, known) & ~np.isin(listed, earlier)]
+        missing = entries[~np.isin(listed, known) & ~np.isin(listed, earlier) & (not stopping)]
         for key, value in zip(_elements(missing["key"], TUPLE), _elements(missing["value"], TRANSLATION), strict=True):
             refused = libbpf.map_update(self.maps.translations, key, value, libbpf.BPF_NOEXIST)
-            self._dump_lost += refused == errno.E2BIG
+            # Of entries that were born since, the kernel side has counted that they found no room.
+            self._dump_lost += starting and refused == errno.E2BIG
+        self._look(entries, listed, keys, values, known, began, starting, stopping)
         hand_over()
         # A table that was not wholly understood is no reason to forget anything.
-        gone = ~np.isin(known, listed) & (values["created"] <= began) & (not malformed)
-        for key, ct_id in zip(_elements(keys[gone], TUPLE), values["ct_id"][gone], strict=True):
-            raw = libbpf.map_lookup(self.maps.translations, key, TRANSLATION.itemsize)
-            if raw and np.frombuffer(raw, TRANSLATION)["ct_id"][0] == ct_id:
-                libbpf.map_delete(self.maps.translations, key)
+        gone = ~np.isin(known, listed) & (values["created"] <= began) & (not dumped.malformed)
+        self._remove(keys[gone], values[gone])
         self._dumped_alive = bool(np.any(self._translations()[1]["source"] == NatSource.DUMP))
         self._kept, self._enobufs_then = self.maps.counters_now()["kept"], self.enobufs
+        self.dumped_s = (_boot_ns() - began) / 1e9
+
+    def _look(self, entries: npt.NDArray[Any], listed: npt.NDArray[Any], keys: npt.NDArray[Any],
+              values: npt.NDArray[Any], known: npt.NDArray[Any], now: int, starting: bool,
+              stopping: bool) -> None:  # fmt: skip
+        flows = are_flows(values)
+        if not flows.any():
+            return
+        keys, values, known = keys[flows], values[flows], known[flows]
+        order = np.argsort(listed)
+        place = np.minimum(np.searchsorted(listed, known, sorter=order), max(len(listed) - 1, 0))
+        there = listed[order[place]] == known if len(listed) else np.zeros(len(known), np.bool_)
+        found, values = entries[order[place[there]]] if len(listed) else entries[:0], values[there]
+        if starting:
+            over = (found["key"]["protocol"] == 6) & np.isin(found["state"], (TCP_TIME_WAIT, TCP_CLOSE))
+            over &= values["source"] == NatSource.DUMP
+            for key, value in zip(_elements(found["key"][over], TUPLE), values[over], strict=True):
+                value["conn_id"] = CLAIM_OVER
+                libbpf.map_update(self.maps.translations, key, value.tobytes())
+            found, values = found[~over], values[~over]
+        records = self._flows.look(found, values, self._owners(found["key"], values), now, stopping)
+        self._outbox.append(self._asked_for(records))
+
+    def _remove(self, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+        removed = np.zeros(len(keys), np.bool_)
+        for place, key in enumerate(_elements(keys, TUPLE)):
+            raw = libbpf.map_lookup(self.maps.translations, key, TRANSLATION.itemsize)
+            if raw and np.frombuffer(raw, TRANSLATION)["ct_id"][0] == values["ct_id"][place]:
+                removed[place] = libbpf.map_delete(self.maps.translations, key)
+        removed &= are_flows(values)
+        if removed.any():
+            keys, values = keys[removed], values[removed]
+            records = self._flows.vanish(keys, values, self._owners(keys, values), _boot_ns())
+            self._outbox.append(self._asked_for(records))
+
+    def _asked_for(self, records: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What the options leave of rows that are made here; as bpf/flow.h has it for the others."""
+        wanted = np.isin(records["role"], [n for n, role in ROLE_NAMES.items() if role in self.options.roles])
+        if self.options.only_virtual:
+            wanted &= (records["nat"] == Nat.UNKNOWN) | (records["nat"] & Nat.DNAT != 0)
+        if self.options.exclude_cidrs:
+            trie = self.maps.excluded
+            hosts = [_host(bytes(address)) for address in records["tuple"]["dst"]]
+            wanted &= np.array([libbpf.map_lookup(trie, host, 1) is None for host in hosts], np.bool_)
+        return records[wanted]
+
+    def _owners(self, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Whose UDP sockets they are: an array of OWNER, zero where they are nobody's."""
+        owners = np.zeros(len(keys), OWNER)
+        mine = np.flatnonzero(values["conn_id"] == CLAIM_DATAGRAM)
+        plain = keys[mine].copy()
+        plain["zone"] = 0
+        for place, key in zip(mine, _elements(plain, TUPLE), strict=True):
+            raw = libbpf.map_lookup(self.maps.owners, key, OWNER.itemsize)
+            if raw:
+                owners[place] = np.frombuffer(raw, OWNER)[0]
+        return owners
+
+    def _claim_datagrams(self) -> None:
+        """Lets open UDP sockets claim their translations; without UDP there is nothing to walk for."""
+        keys, values = self._translations()
+        if np.any((keys["protocol"] == 17) & (values["conn_id"] == 0)):
+            self._walk_with("datagram_iterator")
+
+    def _remember_bridges(self, found: list[tuple[bridges.Network, int]]) -> None:
+        for network in {network for network, _ in self._bridges} - {network for network, _ in found}:
+            libbpf.map_delete(self.maps.untracked, _network(network))
+        for network, number in found:  # what finds no room stays unknown
+            libbpf.map_update(self.maps.untracked, _network(network), number.to_bytes(4, "little"))
+        self._bridges = found
 
     @property
     def needs_reconciliation(self) -> bool:
@@ -281,6 +461,12 @@ class Capture:
         self._read_socket_error()
         kept = self.maps.counters_now()["kept"]
         return self._dumped_alive or kept != self._kept or self.enobufs != self._enobufs_then
+
+    @property
+    def has_flows(self) -> bool:
+        """Whether there are flows, to which only a dump gives interim rows and the time of their last packet."""
+        batches = libbpf.map_batches(self.maps.translations, TUPLE, TRANSLATION)
+        return any(bool(are_flows(values).any()) for _, values in batches)
 
     def _known(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         keys, values = self._translations()
@@ -298,6 +484,29 @@ class Capture:
 
     def _translations(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return libbpf.map_items(self.maps.translations, TUPLE, TRANSLATION)
+
+
+def _host(address: bytes) -> bytes:
+    """The key that asks a longest-prefix-match map for an address."""
+    return (128).to_bytes(4, "little") + address
+
+
+def _network(network: bridges.Network) -> bytes:
+    """A `struct network`."""
+    raw, length = network.network_address.packed, network.prefixlen
+    if network.version == 4:
+        raw, length = bytes(10) + b"\xff\xff" + raw, length + 96
+    return np.array([(length, raw)], NETWORK).tobytes()
+
+
+def _balanced(cgroups: int) -> bool:
+    """Whether a program rewrites addresses inside connect() in any cgroup."""
+    for _, _, _, directory in os.fwalk(".", dir_fd=cgroups):
+        for where in (libbpf.ATTACH_CONNECT4, libbpf.ATTACH_CONNECT6):
+            with contextlib.suppress(OSError):  # the cgroup is gone meanwhile
+                if libbpf.attached_to_cgroup(directory, where):
+                    return True
+    return False
 
 
 def _elements(array: npt.NDArray[Any], kind: np.dtype[Any]) -> list[bytes]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from tracer.errors import TracerError
-from tracer.kernel.loader import DESCRIPTORS, Job
+from tracer.kernel.loader import DESCRIPTORS, OPTIONAL, Job
 
 #: How long the loader may take: it needs about a second here, and ten to twenty times that on an emulated machine.
 TIMEOUT_S = 120
@@ -24,7 +24,7 @@ _LINES = 60
 
 
 def load(job: Job) -> dict[str, int]:
-    """Runs the loader child to its end; the descriptors by the names in `DESCRIPTORS`.
+    """Runs the loader child to its end; the descriptors by name: all `DESCRIPTORS`, and `OPTIONAL` ones.
 
     Raises:
         TracerError: the loader's own sentence, or that it died or did not answer; with the last of what it said.
@@ -34,7 +34,7 @@ def load(job: Job) -> dict[str, int]:
     with ours, theirs, tempfile.TemporaryFile() as said:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "tracer.kernel.loader", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(), *job.maps.values()),
+            pass_fds=[theirs.fileno(), *job.maps.values(), *([] if job.cgroups is None else [job.cgroups])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=said,
@@ -50,8 +50,9 @@ def load(job: Job) -> dict[str, int]:
             ) from error
         finally:
             _farewell(child)
-        if message == b"." and len(descriptors) == len(DESCRIPTORS):
-            return dict(zip(DESCRIPTORS, descriptors, strict=True))
+        names = message[1:].decode(errors="replace").split(",") if message.startswith(b".") else []
+        if len(names) == len(descriptors) and set(DESCRIPTORS) <= set(names):
+            return dict(zip(names, descriptors, strict=True))
         for descriptor in descriptors:
             os.close(descriptor)
         if message.startswith(b"!"):
@@ -64,7 +65,7 @@ def _answer(channel: socket.socket, job: Job) -> tuple[bytes, list[int]]:
     channel.settimeout(TIMEOUT_S)
     try:
         channel.send(job.encode())
-        message, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, len(DESCRIPTORS))
+        message, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, len(DESCRIPTORS) + len(OPTIONAL))
     except TimeoutError:
         raise
     except OSError:  # it died with the job unread

@@ -22,6 +22,7 @@ BPF_NOEXIST = 1
 MAP_TYPE_HASH = 1
 MAP_TYPE_ARRAY = 2
 MAP_TYPE_PERCPU_ARRAY = 6
+MAP_TYPE_LPM_TRIE = 11
 MAP_TYPE_RINGBUF = 27
 
 #: Elements asked for at once.
@@ -47,13 +48,29 @@ def library() -> ctypes.CDLL:
     raise TracerError("libbpf 0.7 or newer was not found on this machine: install it with 'apt-get install libbpf1'.")
 
 
+class _MapOptions(ctypes.Structure):
+    """The beginning of `struct bpf_map_create_opts` (libbpf 0.7 and newer), which goes by its size."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("btf_fd", ctypes.c_uint32),
+        ("btf_key_type_id", ctypes.c_uint32),
+        ("btf_value_type_id", ctypes.c_uint32),
+        ("btf_vmlinux_value_type_id", ctypes.c_uint32),
+        ("inner_map_fd", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+    )
+
+
 def map_create(kind: int, name: str, key_size: int, value_size: int, max_entries: int) -> int:
     """Makes a map and returns its descriptor.
 
     Raises:
         OSError: the kernel's refusal (EPERM: no privilege; EINVAL: it does not know the type; ENOMEM: too large).
     """
-    fd = library().bpf_map_create(kind, name.encode(), key_size, value_size, max_entries, None)
+    # A trie cannot be preallocated (BPF_F_NO_PREALLOC).
+    options = _MapOptions(size=ctypes.sizeof(_MapOptions), map_flags=1 if kind == MAP_TYPE_LPM_TRIE else 0)
+    fd = library().bpf_map_create(kind, name.encode(), key_size, value_size, max_entries, ctypes.byref(options))
     if fd < 0:
         code = ctypes.get_errno() or -fd
         raise OSError(code, f"{os.strerror(code)} when making the BPF map '{name}'")
@@ -174,16 +191,24 @@ class _LoadOptions(ctypes.Structure):
     )
 
 
-def load_tracepoint(name: str, instructions: bytes, tracepoint: str) -> int:
-    """Loads a program for a tracepoint whose arguments the verifier knows by type (tp_btf, 5.5+); its descriptor.
+# enum bpf_prog_type and enum bpf_attach_type (include/uapi/linux/bpf.h)
+PROG_TYPE_TRACEPOINT, PROG_TYPE_CGROUP_SOCK, _PROG_TYPE_TRACING = 5, 9, 26
+ATTACH_CONNECT4, ATTACH_CONNECT6, _ATTACH_TRACE_RAW, ATTACH_SOCK_RELEASE = 10, 11, 23, 34
+
+
+def load_program(kind: int, name: str, instructions: bytes, attach_type: int = 0, target: int = 0) -> int:
+    """Loads a program; its descriptor.
+
+    Args:
+        kind: one of PROG_TYPE_*.
+        name: for messages, and what `bpftool prog` shows.
+        instructions: as the compiler made them.
+        attach_type: one of ATTACH_*, where the type of program wants one.
+        target: BTF id of what it attaches to, likewise.
 
     Raises:
-        TracerError: the kernel has no such tracepoint, or refuses the program; with the end of what the verifier said.
+        TracerError: the kernel refuses the program; with the end of what the verifier said.
     """
-    lib, tracing, attach_type = library(), 26, 23  # BPF_PROG_TYPE_TRACING, BPF_TRACE_RAW_TP
-    target = lib.libbpf_find_vmlinux_btf_id(tracepoint.encode(), attach_type)
-    if target <= 0:
-        raise TracerError(f"This kernel has no tracepoint {tracepoint}: Linux 4.16 or newer has it.")
     log = ctypes.create_string_buffer(1 << 20)
     options = _LoadOptions(
         size=ctypes.sizeof(_LoadOptions),
@@ -192,9 +217,8 @@ def load_tracepoint(name: str, instructions: bytes, tracepoint: str) -> int:
         log_size=len(log),
         log_buf=ctypes.cast(log, ctypes.c_char_p),
     )
-    fd = lib.bpf_prog_load(
-        tracing, name.encode(), b"GPL", instructions, ctypes.c_size_t(len(instructions) // 8), ctypes.byref(options)
-    )
+    length = ctypes.c_size_t(len(instructions) // 8)
+    fd = library().bpf_prog_load(kind, name.encode(), b"GPL", instructions, length, ctypes.byref(options))
     if fd < 0:
         code = ctypes.get_errno() or -fd
         said = log.value.decode(errors="replace").strip().splitlines()[-12:]
@@ -203,6 +227,45 @@ def load_tracepoint(name: str, instructions: bytes, tracepoint: str) -> int:
             + "".join(f"\n  {line}" for line in said)
         )
     return int(fd)
+
+
+def load_tracepoint(name: str, instructions: bytes, tracepoint: str) -> int:
+    """Loads a program for a tracepoint whose arguments the verifier knows by type (tp_btf, 5.5+); its descriptor.
+
+    Raises:
+        TracerError: the kernel has no such tracepoint, or refuses the program.
+    """
+    target = library().libbpf_find_vmlinux_btf_id(tracepoint.encode(), _ATTACH_TRACE_RAW)
+    if target <= 0:
+        raise TracerError(f"This kernel has no tracepoint {tracepoint}: Linux 4.16 or newer has it.")
+    return load_program(_PROG_TYPE_TRACING, name, instructions, _ATTACH_TRACE_RAW, target)
+
+
+def attach_cgroup(prog: int, cgroup: int, attach_type: int) -> int:
+    """Attaches a program to a cgroup (v2); the link's descriptor, with which the attachment ends.
+
+    Raises:
+        OSError: the kernel's refusal.
+    """
+    link = library().bpf_link_create(prog, cgroup, attach_type, None)
+    if link < 0:
+        code = ctypes.get_errno() or -link
+        raise OSError(code, f"{os.strerror(code)} when attaching to a cgroup")
+    return int(link)
+
+
+def attached_to_cgroup(cgroup: int, attach_type: int) -> int:
+    """How many programs of that type are attached to a cgroup itself (BPF_PROG_QUERY, 4.15+).
+
+    Raises:
+        OSError: the kernel's refusal.
+    """
+    found = ctypes.c_uint32(0)
+    if library().bpf_prog_query(cgroup, attach_type, 0, None, None, ctypes.byref(found)) < 0:
+        code = ctypes.get_errno()
+        if code != errno.ENOSPC:  # no room was given for their ids
+            raise OSError(code, f"{os.strerror(code)} when asking a cgroup for its programs")
+    return found.value
 
 
 def attach_tracepoint(prog: int) -> int:

@@ -17,16 +17,21 @@ from typing import Any
 from tracer.errors import TracerError
 from tracer.kernel import btf, libbpf, netns
 
-#: Names of the descriptors that are handed over, in this order.
+#: Names of the descriptors that are handed over: sockets, links (named as their program), programs, directories.
 DESCRIPTORS = (
     "conntrack_socket",
     "socket_iterator",
+    "datagram_iterator",
     "socket_state",
     "socket_destroyed",
     "socket_state_program",
     "socket_destroyed_program",
     "conntrack_events_program",
+    "connect_enters_program",
+    "connect_exits_program",
 )
+#: Those that a node without cgroup v2 is without.
+OPTIONAL = ("socket_released", "socket_released_program")
 
 # include/uapi/linux/netfilter/nfnetlink_compat.h: NF_NETLINK_CONNTRACK_NEW, NF_NETLINK_CONNTRACK_DESTROY
 _GROUP_NEW, _GROUP_DESTROY = 1 << 0, 1 << 2
@@ -44,6 +49,7 @@ class Job:
     maps: dict[str, int]  # name → descriptor, inherited
     constants: dict[str, int]  # -D name=value
     node_netns: str  # path of the node's network namespace
+    cgroups: int | None  # descriptor of the root of the cgroup tree, inherited; None: there is none
 
     def encode(self) -> bytes:
         """For the socket."""
@@ -112,8 +118,21 @@ def _listen(program: int, path: str) -> socket.socket:
     return listener
 
 
-def load(job: Job) -> list[int]:
-    """Compiles, loads and attaches; returns the descriptors named in DESCRIPTORS.
+def _iterate(lib: Any, program: int) -> int:
+    """An iterator's link, to be opened once per walk."""
+    lib.bcc_iter_attach.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
+    link = lib.bcc_iter_attach(program, None, 0)
+    if link < 0:
+        raise TracerError(
+            f"The socket iterator could not be attached ({os.strerror(-link)}): Linux 5.9 or newer has it."
+        )
+    return int(link)
+
+
+def load(job: Job) -> dict[str, int]:
+    """Compiles, loads and attaches; returns the descriptors named in DESCRIPTORS, and what can be had of OPTIONAL.
+
+    The connect probe is loaded and not attached: it costs nothing until `tracer.kernel.capture` attaches it.
 
     Raises:
         TracerError: no bcc, no BTF, a program that does not compile or that the kernel refuses.
@@ -124,20 +143,26 @@ def load(job: Job) -> list[int]:
     try:
         module = bcc.BPF(src_file=str(source_directory() / "tracer.c"), cflags=arguments)
         conntrack = module.load_func("conntrack_events", bcc.BPF.SOCKET_FILTER)
-        iterator = module.load_func("bpf_iter__tcp", _PROG_TYPE_TRACING)
+        iterators = [module.load_func(f"bpf_iter__{kind}", _PROG_TYPE_TRACING) for kind in ("tcp", "udp")]
     except Exception as error:  # bcc raises nothing narrower
         raise TracerError(f"The BPF programs could not be loaded: {error}. See 'vip-tracer doctor'.") from error
-    tracepoints = [libbpf.load_tracepoint(name, module.dump_func(name), where) for name, where in _TRACEPOINTS]
-    bcc.lib.bcc_iter_attach.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
-    link = bcc.lib.bcc_iter_attach(iterator.fd, None, 0)
-    if link < 0:
-        raise TracerError(
-            f"The socket iterator could not be attached ({os.strerror(-link)}): Linux 5.9 or newer has it."
-        )
+    found = {"conntrack_events_program": conntrack.fd}
+    for name, where in _TRACEPOINTS:
+        found[f"{name}_program"] = libbpf.load_tracepoint(name, module.dump_func(name), where)
+    for name in ("connect_enters", "connect_exits"):
+        found[f"{name}_program"] = libbpf.load_program(libbpf.PROG_TYPE_TRACEPOINT, name, module.dump_func(name))
+    for name, program in zip(("socket_iterator", "datagram_iterator"), iterators, strict=True):
+        found[name] = _iterate(bcc.lib, program.fd)
     # Translations are heard before connections, so that no connection is seen whose translation could not be.
-    listener = _listen(conntrack.fd, job.node_netns)
-    attached = [libbpf.attach_tracepoint(program) for program in tracepoints]
-    return [listener.detach(), link, *attached, *tracepoints, conntrack.fd]
+    found["conntrack_socket"] = _listen(conntrack.fd, job.node_netns).detach()
+    if job.cgroups is not None:
+        name, release = "socket_released", libbpf.ATTACH_SOCK_RELEASE
+        program = libbpf.load_program(libbpf.PROG_TYPE_CGROUP_SOCK, name, module.dump_func(name), release)
+        found[f"{name}_program"] = program
+        found[name] = libbpf.attach_cgroup(program, job.cgroups, release)
+    for name, _ in _TRACEPOINTS:
+        found[name] = libbpf.attach_tracepoint(found[f"{name}_program"])
+    return found
 
 
 def main() -> None:
@@ -145,11 +170,11 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     job = Job.decode(channel.recv(1 << 20))
     try:
-        descriptors = load(job)
+        found = load(job)
     except TracerError as error:
         channel.send(b"!" + str(error).encode())
         os._exit(1)
-    socket.send_fds(channel, [b"."], descriptors)
+    socket.send_fds(channel, [b"." + ",".join(found).encode()], list(found.values()))
     # bcc's exit handlers would detach what was just handed over.
     os._exit(0)
 

@@ -25,6 +25,12 @@ CONNECTION = np.dtype(
         ("retransmits", "<u4"),
         ("padding", "<u4"),
         ("visited", "<u8"),
+        ("peer", "V16"),
+        ("peer_port", ">u2"),
+        ("rewritten", "u1"),
+        ("undialled", "u1"),
+        ("keeps", "u1"),
+        ("reserved", "u1", (3,)),
     ]
 )
 
@@ -47,8 +53,33 @@ TRANSLATION = np.dtype(
     ]
 )
 
+#: `struct owner`.
+OWNER = np.dtype(
+    [
+        ("cgroup_id", "<u8"),
+        ("comm", "S16"),
+        ("pid", "<u4"),
+        ("netns", "<u4"),
+        ("dialled", "V16"),
+        ("dialled_port", ">u2"),
+        ("rewritten", "u1"),
+        ("undialled", "u1"),
+        ("released", "u1"),
+        ("reserved", "u1", (3,)),
+    ]
+)
+
+#: `struct dial`, of which user space needs the size only.
+DIAL_BYTES = 40
+#: `struct network`: a prefix length in bits, and an IPv6 or v4-mapped address.
+NETWORK = np.dtype([("length", "<u4"), ("address", "V16")])
+
+#: `enum claim`: claims on a translation that are no connection's id.
+CLAIM_DATAGRAM, CLAIM_LOST, CLAIM_OVER = 1, 2, 3
+#: `enum dials`.
+DIALS_ARE_PEERS, DIALS_SEEN, DIALS_UNSEEN = range(3)
 MODE_ADOPT, MODE_INTERIM, MODE_FLUSH = range(3)
-CONTROL_MODE, CONTROL_PAUSE = range(2)
+CONTROL_MODE, CONTROL_PAUSE, CONTROL_DIALS = range(3)
 #: Slots for conntrack zones other than 0.
 ZONES = 8
 
@@ -59,13 +90,16 @@ _ELEMENT, _BUCKET = 48, 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much fits. A connection costs 312 bytes of kernel memory, a translation 176, a record 208."""
+    """How much fits. A connection costs 336 bytes of kernel memory, a translation 176, an owner 160, a record 208."""
 
     connections: int = 65_536
     translations: int = 131_072
     ring_bytes: int = 2 << 20
+    owners: int = 16_384
     listeners: int = 4_096
+    dials: int = 4_096
     namespaces: int = 1_024
+    networks: int = 1_024
 
     def __post_init__(self) -> None:
         page = mmap.PAGESIZE
@@ -74,7 +108,7 @@ class Sizes:
                 f"The ring's size must be a power of two of at least {page} bytes, not {self.ring_bytes}: "
                 "choose another --ring-bytes."
             )
-        for what in ("connections", "translations", "listeners", "namespaces"):
+        for what in ("connections", "translations", "owners", "listeners", "dials", "namespaces", "networks"):
             if getattr(self, what) < 1:
                 raise UsageError(f"There must be room for at least one of the {what}, not {getattr(self, what)}.")
 
@@ -89,10 +123,12 @@ class Sizes:
         return (
             hash_map(self.connections, 8, CONNECTION.itemsize)
             + hash_map(self.translations, TUPLE.itemsize, TRANSLATION.itemsize)
+            + hash_map(self.owners, TUPLE.itemsize, OWNER.itemsize)
             + hash_map(self.listeners, 8, 1)
+            + hash_map(self.dials, 8, DIAL_BYTES)
             + hash_map(self.namespaces, 4, 1)
             + self.ring_bytes
-            + cpus * 8 * (len(Counter) + 2)
+            + cpus * 8 * (len(Counter) + 1)
         )
 
 
@@ -109,6 +145,10 @@ class Maps:
     listeners: int
     netns_list: int
     zones: int
+    owners: int
+    dials: int
+    excluded: int
+    untracked: int
 
     @classmethod
     def create(cls, sizes: Sizes) -> "Maps":
@@ -123,11 +163,15 @@ class Maps:
             "translations": (hash_map, TUPLE.itemsize, TRANSLATION.itemsize, sizes.translations),
             "records": (libbpf.MAP_TYPE_RINGBUF, 0, 0, sizes.ring_bytes),
             "counters": (percpu, 4, 8, len(Counter)),
-            "sequence": (percpu, 4, 8, 2),
-            "control": (array, 4, 8, 2),
+            "sequence": (percpu, 4, 8, 1),
+            "control": (array, 4, 8, 3),
             "listeners": (hash_map, 8, 1, sizes.listeners),
             "netns_list": (hash_map, 4, 1, sizes.namespaces),
             "zones": (array, 4, 4, ZONES),
+            "owners": (hash_map, TUPLE.itemsize, OWNER.itemsize, sizes.owners),
+            "dials": (hash_map, 8, DIAL_BYTES, sizes.dials),
+            "excluded": (libbpf.MAP_TYPE_LPM_TRIE, NETWORK.itemsize, 1, sizes.networks),
+            "untracked": (libbpf.MAP_TYPE_LPM_TRIE, NETWORK.itemsize, 4, sizes.networks),
         }
         made: dict[str, int] = {}
         try:

@@ -23,11 +23,14 @@ from tracer.record import (
     Flag,
     Nat,
     NatSource,
+    Role,
     result_name,
 )
 from tracer.store.arrays import Valid, booleans, coded, constant, nulls, numbers
 from tracer.store.grouping import group
 
+_TCP, _UDP = 6, 17
+_UDP_HEADER = 8
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 _NAT_KNOWN = np.array([code in NAT_NAMES and code != Nat.UNKNOWN for code in range(256)])
 
@@ -61,7 +64,14 @@ def table(records: np.ndarray, node: str, clock: WallClock) -> pa.Table:
     known = _NAT_KNOWN[nat]
     snat = known & ((nat & Nat.SNAT) != 0)
     counted, process = (flags & Flag.COUNTED) != 0, (flags & Flag.PROCESS) != 0
-    conntrack = known & (source != NatSource.NULL)
+    protocol = records["tuple"]["protocol"]
+    # What only conntrack counted: packets with their headers.
+    by_conntrack = (records["role"] == Role.FORWARDED) | (protocol != _TCP)
+    header = np.where((flags & Flag.IPV4) != 0, np.uint64(20 + _UDP_HEADER), np.uint64(40 + _UDP_HEADER))
+    in_ip = counted & by_conntrack
+    application = counted & (~by_conntrack | (protocol == _UDP))
+    conntrack = known & (source != NatSource.NULL) & (records["ct_id"] != 0)
+    destination = known | (records["role"] == Role.SERVER)
     ts, started, rtt, netns = records["ts"], records["started"], records["rtt_us"], records["netns"]
     thousand = np.uint64(1000)
 
@@ -70,6 +80,13 @@ def table(records: np.ndarray, node: str, clock: WallClock) -> pa.Table:
 
     def number(name: str, valid: Valid | None = None) -> pa.Array:
         return numbers(schema_types[name], records[name], valid)
+
+    def payload(direction: str) -> pa.Array:
+        counted_bytes = records[f"bytes_{direction}"]
+        if by_conntrack.any():
+            headers = np.minimum(header * records[f"packets_{direction}"], counted_bytes)
+            counted_bytes = np.where(by_conntrack, counted_bytes - headers, counted_bytes)
+        return numbers(pa.uint64(), counted_bytes, application)
 
     schema_types = {field.name: field.type for field in schema.arrow("connections")}
     offsets = {name: RECORD.fields[name][1] for name in ("tuple", "backend", "snat", "comm")}  # type: ignore[index]
@@ -82,13 +99,13 @@ def table(records: np.ndarray, node: str, clock: WallClock) -> pa.Table:
         "closed": booleans((flags & Flag.CLOSED) != 0),
         "started": numbers(schema.TIME, clock.wall(started), started != 0),
         "role": _named(records["role"], lambda code: ROLE_NAMES.get(code, str(code))),
-        "protocol": _named(key["protocol"], lambda code: PROTOCOL_NAMES.get(code, str(code))),
+        "protocol": _named(protocol, lambda code: PROTOCOL_NAMES.get(code, str(code))),
         "src_ip": address(offsets["tuple"]),
         "src_port": numbers(pa.uint16(), key["src_port"]),
         "dst_ip": address(offsets["tuple"] + 16),
         "dst_port": numbers(pa.uint16(), key["dst_port"]),
-        "backend_ip": address(offsets["backend"], known),
-        "backend_port": number("backend_port", known),
+        "backend_ip": address(offsets["backend"], destination),
+        "backend_port": number("backend_port", destination),
         "snat_ip": address(offsets["snat"], snat),
         "snat_port": number("snat_port", snat),
         "nat": _named(nat, lambda code: NAT_NAMES.get(code, NAT_NAMES[0])),
@@ -100,11 +117,13 @@ def table(records: np.ndarray, node: str, clock: WallClock) -> pa.Table:
         "result": _named(records["result"], result_name),
         "connect_latency_us": number("connect_latency_us", (flags & Flag.LATENCY) != 0),
         "duration_us": numbers(pa.uint64(), ts // thousand - (ts - records["duration_ns"]) // thousand),
-        "bytes_sent": number("bytes_sent", counted),
-        "bytes_received": number("bytes_received", counted),
+        "bytes_sent": payload("sent"),
+        "bytes_received": payload("received"),
         "packets_sent": number("packets_sent", counted),
         "packets_received": number("packets_received", counted),
-        "retransmits": number("retransmits", counted),
+        "ip_bytes_sent": numbers(pa.uint64(), records["bytes_sent"], in_ip),
+        "ip_bytes_received": numbers(pa.uint64(), records["bytes_received"], in_ip),
+        "retransmits": number("retransmits", counted & ~by_conntrack),
         "rtt_us": number("rtt_us", counted & (rtt != 0)),
         "ct_zone": number("ct_zone", conntrack),
         "ct_id": number("ct_id", conntrack),

@@ -17,7 +17,7 @@ from tracer import __version__, schema
 from tracer.store.arrays import booleans, constant, numbers
 
 #: Columns that are levels, not increments.
-GAUGES = ("open_connections", "translations")
+GAUGES = ("open_connections", "translations", "directional")
 #: Columns that the agent's totals may fill; those it leaves out are null.
 COUNTED = tuple(column.name for column in schema.COVERAGE if column.nullable and column.name not in GAUGES)
 #: Columns that the writer counts itself.

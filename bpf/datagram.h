@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* Connected UDP sockets: whose a UDP entry of conntrack is.
+ *
+ * No state change tells when a UDP socket connects. But its tuple is known as long as it is open, and an entry outlives
+ * its last packet by 30 s at least. So a socket claims its entry when it is closed, and one that stays open when the
+ * iterator meets it; the row is made when the entry ends (flow.h). Where the connect probe runs, connect() tells. */
+#ifndef TRACER_DATAGRAM_H
+#define TRACER_DATAGRAM_H
+
+#include "connection.h"
+
+static __always_inline void describe_owner(struct owner *owner)
+{
+	owner->pid = bpf_get_current_pid_tgid() >> 32;
+	owner->cgroup_id = bpf_get_current_cgroup_id();
+	bpf_get_current_comm(owner->comm, sizeof(owner->comm));
+}
+
+/* Whether a UDP socket with this tuple can be the one that a translation of the node is for. */
+static __always_inline bool datagram_wanted(const struct tuple *tuple, __u32 netns)
+{
+	return tuple->src_port && tuple->dst_port && wanted_netns(netns) &&
+	       !(is_loopback(&tuple->src) && netns != NODE_NETNS);
+}
+
+/* Claims the translation for the socket's owner; `process` tells whether the caller is that process. */
+static __always_inline void claim_datagrams(const struct tuple *tuple, __u32 netns, bool process, bool released)
+{
+	struct owner owner = {}, *known = bpf_map_lookup_elem_(OWNERS, tuple);
+	struct tuple key = *tuple;
+	struct translation *translation = find_translation(&key);
+
+	if (!translation) {
+		if (known && released)
+			bpf_map_delete_elem_(OWNERS, tuple);
+		return;
+	}
+	translation->conn_id = CLAIM_DATAGRAM;
+	if (known) {
+		if (process && !known->pid)
+			describe_owner(known);
+		known->released = released;
+		return;
+	}
+	owner.netns = netns;
+	owner.released = released;
+	owner.undialled = control(CONTROL_DIALS) != DIALS_ARE_PEERS;
+	if (process)
+		describe_owner(&owner);
+	if (bpf_map_update_elem_(OWNERS, tuple, &owner, BPF_ANY)) {
+		count(COUNT_LOST_OWNER_MAP);
+		translation->conn_id = 0;
+	}
+}
+
+/* A socket is closed, in the context of who closes it. The type of `sk` is not known to the verifier. */
+static __always_inline void datagrams_end(const void *sk)
+{
+	struct tuple tuple = {};
+	__u32 netns;
+
+	if (!read_tuple_probed(sk, &tuple, IPPROTO_UDP))
+		return;
+	netns = read_netns_probed(sk);
+	if (datagram_wanted(&tuple, netns))
+		claim_datagrams(&tuple, netns, true, true);
+}
+
+/* The iterator meets an open socket. */
+static __always_inline void visit_datagrams(const void *sk)
+{
+	struct tuple tuple = {};
+	__u32 netns;
+	__u8 state;
+
+	READ(state, sk, OFFSET_sock_common__skc_state);
+	if (state != BPF_TCP_ESTABLISHED || !read_tuple(sk, &tuple, IPPROTO_UDP))
+		return; /* not connected */
+	netns = read_netns(sk);
+	if (datagram_wanted(&tuple, netns))
+		claim_datagrams(&tuple, netns, false, false);
+}
+
+#endif

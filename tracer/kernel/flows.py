@@ -1,0 +1,312 @@
+"""Flows: what only conntrack tells of (bpf/flow.h), beyond the one record that the kernel makes of each.
+
+The kernel's record is made when conntrack drops the entry, with the totals of the entry's whole life. Here long flows
+get interim rows from periodic dumps of conntrack's table, which are taken off the last one; a flow's end becomes the
+time of its last packet; and a refusal is held back until it is known that no socket of this node was refused.
+
+Pure arrays: knows records, dumped entries and translations; reads no table itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tracer.kernel.maps import CLAIM_DATAGRAM, OWNER
+from tracer.kernel.timeouts import TCP_CLOSE, TCP_TIME_WAIT, Timeouts
+from tracer.record import RECORD, RESULT_OPEN, TUPLE, Flag, Nat, NatSource, Role
+
+Records = npt.NDArray[Any]
+
+TCP, UDP = 6, 17
+_SECOND = 1_000_000_000
+#: How long a refusal is held back. The socket hears of it in the same softirq, or when it is unlocked.
+HOLD_NS = _SECOND
+_ASSURED = 0x04
+_V4_MAPPED = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
+_COUNTS = ("bytes_sent", "bytes_received", "packets_sent", "packets_received")
+
+#: What is remembered of a flow that was seen in a dump. Its key is when its entry was inserted, and conntrack's id.
+_STATE = np.dtype(
+    [
+        ("key", "S13"),
+        ("conn_id", "<u8"),
+        ("begin", "<u8"),  # where its next row begins: the end of the last one
+        ("end", "<u8"),  # when its last packet was, as the last dump told
+        ("started", "<u8"),  # of entries from before the tracer, if conntrack noted it; else 0
+        *((name, "<u8") for name in _COUNTS),  # what was reported
+        ("packets", "<u8"),  # in both directions, as of the last dump
+        ("told", "u1"),  # a row said `opened`
+        ("state", "u1"),  # of TCP, as of the last dump
+        ("status", "u1"),
+        ("missed", "u1"),  # in how many dumps in a row it was not there
+    ]
+)
+
+
+def _key(created: npt.NDArray[Any], ct_id: npt.NDArray[Any]) -> npt.NDArray[np.bytes_]:
+    """Comparable bytes (the last is never zero, which NumPy would strip)."""
+    whole = np.empty(len(created), np.dtype([("created", "<u8"), ("ct_id", "<u4"), ("end", "u1")]))
+    whole["created"], whole["ct_id"], whole["end"] = created, ct_id, 1
+    return whole.view("S13")
+
+
+class _Table:
+    """States in the order of their keys."""
+
+    def __init__(self) -> None:
+        self.rows = np.empty(0, _STATE)
+
+    def find(self, keys: npt.NDArray[np.bytes_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """(place, whether it is there) of each key."""
+        if not len(self.rows):
+            return np.zeros(len(keys), np.int64), np.zeros(len(keys), np.bool_)
+        place = np.minimum(np.searchsorted(self.rows["key"], keys), len(self.rows) - 1)
+        return place, self.rows["key"][place] == keys
+
+    def add(self, rows: npt.NDArray[Any]) -> None:
+        """New ones, whose keys are not there."""
+        rows = np.concatenate((self.rows, rows))
+        self.rows = rows[np.argsort(rows["key"])]
+
+    def drop(self, gone: npt.NDArray[np.bool_]) -> None:
+        self.rows = self.rows[~gone]
+
+
+class Flows:
+    """The flows of one run. `timeouts` are conntrack's, read by the caller now and then."""
+
+    def __init__(self, run_id: int, interval_ns: int) -> None:
+        self._interval = interval_ns
+        self._next_id = run_id << 48 | 0xFFF << 36  # the kernel's ids have a CPU's number there
+        self._known = _Table()
+        self._held = np.empty(0, RECORD)
+        self._heard: list[Records] = []
+        self.timeouts = Timeouts()
+        self.withdrawn = 0
+        self.untold = 0
+
+    # -- the kernel's records ----------------------------------------------------------------------------------------
+
+    def settle(self, records: Records) -> Records:
+        """A drained batch, with the flows among it made right; provisional ones are kept back."""
+        of_flows = (records["role"] == Role.FORWARDED) | (records["tuple"]["protocol"] != TCP)
+        provisional = (records["flags"] & Flag.PROVISIONAL) != 0
+        if len(self._held) or provisional.any():
+            claimed = (records["role"] == Role.CLIENT) & (records["ct_id"] != 0)
+            self._heard.append(records[claimed][["tuple", "ct_id"]])
+        if not of_flows.any():
+            return records
+        self._held = np.concatenate((self._held, records[provisional]), dtype=RECORD)
+        flows = records[of_flows & ~provisional]
+        return np.concatenate((records[~of_flows], self._close(flows)), dtype=RECORD)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there are provisional records."""
+        return bool(len(self._held))
+
+    def release(self, now: int, unclaimed: Callable[[bytes, int], bool]) -> Records:
+        """Those provisional records that are old enough and that no socket has claimed.
+
+        Args:
+            now: CLOCK_BOOTTIME ns.
+            unclaimed: asked with tuple and conntrack id: whether the translation is without a claim, or gone.
+        """
+        ripe = self._held["ts"] + HOLD_NS <= now
+        if not ripe.any():
+            return np.empty(0, RECORD)
+        records, self._held = self._held[ripe], self._held[~ripe]
+        heard = np.concatenate(self._heard) if self._heard else records[:0][["tuple", "ct_id"]]
+        if not len(self._held):
+            self._heard.clear()
+        free = ~np.isin(_claim(records["tuple"], records["ct_id"]), _claim(heard["tuple"], heard["ct_id"]))
+        for place in np.flatnonzero(free):
+            key = np.ascontiguousarray(records["tuple"][place : place + 1], TUPLE).copy()
+            key["zone"] = records["ct_zone"][place]
+            free[place] = unclaimed(key.tobytes(), int(records["ct_id"][place]))
+        self.withdrawn += int(np.count_nonzero(~free))
+        records = records[free]
+        records["flags"] &= np.uint8(0xFF ^ Flag.PROVISIONAL)
+        return self._close(records)
+
+    def _close(self, records: Records) -> Records:
+        """Closing records: less what interim rows said, and up to the last packet."""
+        records = records.copy()
+        created = records["ts"] - records["duration_ns"]
+        place, known = self._known.find(_key(created, records["ct_id"]))
+        begin = created.copy()
+        # When the entry was dropped, less what it had been waiting; where the last dump saw the end already, that.
+        waited = self.timeouts.of(records["tuple"]["protocol"], records["ct_state"], records["ct_status"])
+        waited = np.maximum(waited.astype(np.int64) - records["ct_left"], 0).astype(np.uint64) * np.uint64(_SECOND)
+        end = records["ts"] - np.minimum(waited, records["ts"])
+        if known.any():
+            state = self._known.rows[place[known]]
+            mine = records[known]
+            idle = (mine["packets_sent"] + mine["packets_received"] == state["packets"]) & (state["end"] > 0)
+            end[known] = np.where(idle, state["end"], end[known])
+            begin[known] = state["begin"]
+            for name in _COUNTS:
+                mine[name] -= np.minimum(state[name], mine[name])
+            mine["conn_id"] = state["conn_id"]
+            mine["started"] = np.where(mine["started"] > 0, mine["started"], state["started"])
+            mine["flags"] &= np.where(state["told"] > 0, 0xFF ^ Flag.OPENED, 0xFF).astype(np.uint8)
+            records[known] = mine
+            gone = np.zeros(len(self._known.rows), np.bool_)
+            gone[place[known]] = True
+            self._known.drop(gone)
+        records["ts"] = np.clip(end, begin, records["ts"])
+        records["duration_ns"] = records["ts"] - begin
+        # An entry from before the tracer that had no packet since: its flow was over when the tracer began.
+        before = (records["nat_source"] == NatSource.DUMP) & (end <= created) & (begin == created)
+        self.withdrawn += int(np.count_nonzero(before))
+        kept: Records = records[~before]
+        return kept
+
+    # -- dumps -------------------------------------------------------------------------------------------------------
+
+    def look(self, entries: npt.NDArray[Any], values: npt.NDArray[Any], owners: npt.NDArray[Any], now: int,
+             flush: bool = False) -> Records:  # fmt: skip
+        """Interim rows of the flows in a dump whose interval is over.
+
+        Args:
+            entries: the dump's, of conntrack.ENTRY, those whose translations are flows.
+            values: their translations, of maps.TRANSLATION, read after the dump.
+            owners: their sockets, of maps.OWNER; zero where there is none.
+            now: CLOCK_BOOTTIME ns of the dump.
+            flush: a row for every flow, closed if its last packet said so: the tracer stops.
+        """
+        keys = _key(values["created"], values["ct_id"])
+        place, known = self._known.find(keys)
+        self._forget(place[known])
+        if not known.all():
+            self._known.add(self._meet(entries[~known], values[~known], keys[~known]))
+            place, known = self._known.find(keys)
+        rows = self._known.rows
+        state = rows[place]
+        protocol = entries["key"]["protocol"]
+        left = np.where(entries["timeout_s"] == 0xFFFFFFFF, 0, entries["timeout_s"]).astype(np.int64)
+        status = entries["status"].astype(np.uint8)
+        waited = self.timeouts.of(protocol, entries["state"], status).astype(np.int64) - left
+        over = (protocol == TCP) & np.isin(entries["state"], (TCP_TIME_WAIT, TCP_CLOSE))
+        last_packet = np.uint64(now) - np.minimum(np.maximum(waited, 0), now // _SECOND).astype(np.uint64) * np.uint64(
+            _SECOND
+        )
+        # An established TCP connection may be idle and open; of the others the last packet is all there is.
+        end = np.maximum(np.where((protocol == TCP) & ~over, np.uint64(now), last_packet), values["created"])
+        moved = entries["packets_sent"] + entries["packets_received"]
+        # The clock of a dump is in whole seconds: what did not move did not end any later.
+        state["end"] = np.where(
+            (state["packets"] == moved) & (state["end"] > 0) & (over | (protocol != TCP)), state["end"], end
+        )
+        state["packets"], state["state"], state["status"] = moved, entries["state"], status
+        due = (end > state["begin"]) & ((end - np.minimum(end, state["begin"]) >= self._interval) & ~over | flush)
+        records = self._interim(entries[due], values[due], owners[due], state[due], over[due] & flush)
+        for name in _COUNTS:
+            state[name] = np.where(due, entries[name], state[name])
+        state["begin"] = np.where(due, state["end"], state["begin"])
+        state["told"] |= due
+        rows[place] = state
+        return records
+
+    def _meet(self, entries: npt.NDArray[Any], values: npt.NDArray[Any], keys: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """States of flows that no dump showed before. What an older entry has counted so far is not ours."""
+        met = np.zeros(len(entries), _STATE)
+        met["key"], met["begin"], met["started"] = keys, values["created"], entries["started"]
+        met["conn_id"] = self._next_id + np.arange(1, len(met) + 1, dtype=np.uint64)
+        self._next_id += len(met)
+        old = values["source"] == NatSource.DUMP
+        for name in _COUNTS:
+            met[name] = np.where(old, entries[name], 0)
+        met["told"] = old
+        return met
+
+    def _forget(self, seen: npt.NDArray[np.int64]) -> None:
+        """Counts in how many dumps the others were missing; a closing record may be on its way, so twice."""
+        missed = self._known.rows["missed"]
+        missed += 1
+        missed[seen] = 0
+        gone = missed > 2
+        if gone.any():
+            self._known.drop(gone)
+
+    def _interim(self, entries: npt.NDArray[Any], values: npt.NDArray[Any], owners: npt.NDArray[Any],
+                 state: npt.NDArray[Any], closed: npt.NDArray[np.bool_]) -> Records:  # fmt: skip
+        records = np.zeros(len(entries), RECORD)
+        key = entries["key"]
+        records["tuple"] = key
+        records["tuple"]["zone"] = 0
+        for name in ("backend", "snat", "backend_port", "snat_port", "ct_id", "nat"):
+            records[name] = values[name]
+        records["nat_source"], records["ct_zone"] = values["source"], values["zone"]
+        records["conn_id"], records["ts"] = state["conn_id"], state["end"]
+        records["duration_ns"] = state["end"] - np.minimum(state["begin"], state["end"])
+        born = values["source"] == NatSource.CONNTRACK
+        records["started"] = np.where(born, values["created"], state["started"])
+        for name in _COUNTS:
+            records[name] = entries[name] - np.minimum(state[name], entries[name])
+        dst = np.ascontiguousarray(key["dst"]).view("u1").reshape(-1, 16)
+        v4 = (dst[:, :12] == _V4_MAPPED).all(axis=1)
+        records["flags"] = (
+            np.where(entries["counted"] > 0, int(Flag.COUNTED), 0)
+            | np.where(v4, int(Flag.IPV4), 0)
+            | np.where(born & (state["told"] == 0), int(Flag.OPENED), 0)
+            | np.where(closed, int(Flag.CLOSED), 0)
+        )
+        records["result"] = np.where(closed & (entries["state"] == TCP_TIME_WAIT), 0, RESULT_OPEN)
+        records["role"] = Role.FORWARDED
+        self._own(records, values, owners)
+        return records
+
+    def _own(self, records: Records, values: npt.NDArray[Any], owners: npt.NDArray[Any]) -> None:
+        """The process and what it dialled, as bpf/flow.h does it."""
+        mine = (values["conn_id"] == CLAIM_DATAGRAM) & (owners["netns"] != 0)
+        records["role"] = np.where(mine, int(Role.CLIENT), records["role"])
+        records["netns"] = np.where(mine, owners["netns"], 0)
+        process = mine & (owners["pid"] != 0)
+        records["flags"] |= np.where(process, int(Flag.PROCESS), 0).astype(np.uint8)
+        for name in ("pid", "comm", "cgroup_id"):
+            records[name] = np.where(process, owners[name], np.zeros(1, OWNER)[name])
+        rewritten = mine & (owners["rewritten"] > 0)
+        for place in np.flatnonzero(rewritten):  # a handful: long UDP flows behind a balancer at the socket
+            records["tuple"]["dst"][place] = owners["dialled"][place]
+            records["tuple"]["dst_port"][place] = owners["dialled_port"][place]
+        records["nat"] = np.where(rewritten, int(Nat.DNAT) | records["nat"] & int(Nat.SNAT), records["nat"])
+        records["nat_source"] = np.where(rewritten, int(NatSource.SOCKET), records["nat_source"])
+        vague = mine & (owners["undialled"] > 0) & ~rewritten & (records["nat"] & int(Nat.DNAT) == 0)
+        records["nat"] = np.where(vague, int(Nat.UNKNOWN), records["nat"])
+
+    def vanish(self, keys: npt.NDArray[Any], values: npt.NDArray[Any], owners: npt.NDArray[Any], now: int) -> Records:
+        """Closing rows of flows that are no longer in conntrack's table, and whose DESTROY nobody sent.
+
+        What they transferred since the last dump is not known, and counted as `untold`.
+        """
+        place, known = self._known.find(_key(values["created"], values["ct_id"]))
+        state = self._known.rows[place[known]]
+        keys, values, owners = keys[known], values[known], owners[known]
+        entries = np.zeros(
+            len(keys), np.dtype([("key", TUPLE), ("counted", "u1"), ("state", "u1"), *((n, "<u8") for n in _COUNTS)])
+        )
+        entries["key"], entries["state"] = keys, state["state"]
+        for name in _COUNTS:
+            entries[name] = state[name]
+        entries["counted"] = state["packets"] > 0
+        over = (keys["protocol"] != TCP) | np.isin(state["state"], (TCP_TIME_WAIT, TCP_CLOSE))
+        state["end"] = np.maximum(np.where(over, state["end"], now), state["begin"])
+        self.untold += len(keys)
+        return self._interim(entries, values, owners, state, np.ones(len(keys), np.bool_))
+
+
+def _claim(tuples: npt.NDArray[Any], ct_id: npt.NDArray[Any]) -> npt.NDArray[np.bytes_]:
+    """What a socket's row and a flow's record have in common: the source, and conntrack's id."""
+    whole = np.empty(len(tuples), np.dtype([("src", "V16"), ("port", ">u2"), ("ct_id", "<u4"), ("end", "u1")]))
+    whole["src"], whole["port"], whole["ct_id"], whole["end"] = tuples["src"], tuples["src_port"], ct_id, 1
+    return whole.view(f"S{whole.dtype.itemsize}")
+
+
+def are_flows(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which translations are flows: a UDP socket's, or rewritten here and no TCP socket's."""
+    rewritten: npt.NDArray[np.bool_] = (values["conn_id"] == 0) & (values["nat"] & Nat.DNAT != 0)
+    flows: npt.NDArray[np.bool_] = (rewritten | (values["conn_id"] == CLAIM_DATAGRAM)) & (values["ended"] == 0)
+    return flows
