@@ -485,11 +485,23 @@ static __always_inline __u16 how_it_ended(const void *sk, const struct record *r
 	return row->tuple.src_port ? RESULT_ABORTED : EADDRNOTAVAIL;
 }
 
+/* The translation was kept for this connection; unless conntrack has made a new entry of the tuple, it goes with it. */
+static __always_inline void let_go(const struct connection *connection)
+{
+	struct translation *translation;
+	struct tuple tuple;
+
+	key_of(connection, &tuple);
+	tuple.zone = connection->row.ct_zone;
+	translation = bpf_map_lookup_elem_(TRANSLATIONS, &tuple);
+	if (translation && translation->ended && translation->conn_id == connection->row.conn_id)
+		bpf_map_delete_elem_(TRANSLATIONS, &tuple);
+}
+
 /* The last row, and the end of the entry. The socket's counters are still there. */
 static __always_inline void finish(const void *sk, __u64 *key, struct connection *connection)
 {
 	struct record *row = &connection->row;
-	struct tuple tuple;
 
 	if (!is_entry_of(sk, connection)) {
 		count(COUNT_LOST_END);
@@ -512,11 +524,8 @@ static __always_inline void finish(const void *sk, __u64 *key, struct connection
 		count(COUNT_LOST_RING);
 	}
 out:
-	if (connection->keeps) {
-		key_of(connection, &tuple);
-		tuple.zone = row->ct_zone;
-		bpf_map_delete_elem_(TRANSLATIONS, &tuple);
-	}
+	if (connection->keeps)
+		let_go(connection);
 	bpf_map_delete_elem_(CONNECTIONS, key);
 }
 

@@ -198,8 +198,8 @@ static __always_inline void remember_zone(__u16 zone)
 	}
 }
 
-/* An entry is born. Where the tuple is known already, its entry was deleted under a socket, which goes on with this
- * one; or the end of the last one was not told. */
+/* An entry is born. Where the tuple is known already, its entry was deleted, which may not have been told. If its
+ * socket is open, it goes on with this one. */
 static __always_inline void entry_begins(const struct tuple *tuple, struct translation *translation)
 {
 	struct translation *earlier;
@@ -211,7 +211,7 @@ static __always_inline void entry_begins(const struct tuple *tuple, struct trans
 	if (!bpf_map_update_elem_(TRANSLATIONS, tuple, translation, BPF_NOEXIST))
 		return;
 	earlier = bpf_map_lookup_elem_(TRANSLATIONS, tuple);
-	if (earlier && earlier->ended && earlier->conn_id && open_connection(earlier->socket, earlier->conn_id)) {
+	if (earlier && earlier->conn_id > CLAIM_OVER && open_connection(earlier->socket, earlier->conn_id)) {
 		translation->conn_id = earlier->conn_id;
 		translation->socket = earlier->socket;
 	}

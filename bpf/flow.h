@@ -190,7 +190,8 @@ static __always_inline void flow_ends(struct __sk_buff *skb, __u32 offset, const
 	if (translation->conn_id == CLAIM_LOST || translation->conn_id == CLAIM_OVER)
 		goto out;
 	key.zone = 0;
-	if (translation->conn_id == CLAIM_DATAGRAM) {
+	/* A socket that is still open may not have claimed its entry, but told of itself at connect(). */
+	if (tuple->protocol == IPPROTO_UDP) {
 		owner = bpf_map_lookup_elem_(OWNERS, &key);
 		if (owner && owner->rewritten)
 			nat |= NAT_DNAT;

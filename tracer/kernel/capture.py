@@ -364,6 +364,9 @@ class Capture:
             self._flows.timeouts = Timeouts.here()
             self._remember_bridges(bridges.unfiltered())
         entries = dumped.entries
+        # conntrack notes the wall clock, records have the other.
+        since_boot = entries["started"] - np.minimum(time.time_ns() - _boot_ns(), entries["started"])
+        entries["started"] = np.where(entries["started"] > 0, since_boot, 0)
         self._dump_malformed += dumped.malformed
         self._dump_directional = dumped.directional
         self._remember_zones(entries["value"]["zone"])
@@ -410,14 +413,24 @@ class Capture:
     def _remove(self, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
         removed = np.zeros(len(keys), np.bool_)
         for place, key in enumerate(_elements(keys, TUPLE)):
+            if values["ended"][place] and self._is_open(values["socket"][place], values["conn_id"][place]):
+                continue  # kept for that connection
             raw = libbpf.map_lookup(self.maps.translations, key, TRANSLATION.itemsize)
             if raw and np.frombuffer(raw, TRANSLATION)["ct_id"][0] == values["ct_id"][place]:
                 removed[place] = libbpf.map_delete(self.maps.translations, key)
         removed &= are_flows(values)
         if removed.any():
             keys, values = keys[removed], values[removed]
-            records = self._flows.vanish(keys, values, self._owners(keys, values), _boot_ns())
-            self._outbox.append(self._asked_for(records))
+            owners = self._owners(keys, values)
+            self._outbox.append(self._asked_for(self._flows.vanish(keys, values, owners, _boot_ns())))
+            released = keys[owners["released"] > 0]
+            released["zone"] = 0
+            for key in _elements(released, TUPLE):
+                libbpf.map_delete(self.maps.owners, key)
+
+    def _is_open(self, sk: np.uint64, conn_id: np.uint64) -> bool:
+        raw = libbpf.map_lookup(self.maps.connections, sk.tobytes(), CONNECTION.itemsize)
+        return raw is not None and np.frombuffer(raw, CONNECTION)["row"]["conn_id"][0] == conn_id
 
     def _asked_for(self, records: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What the options leave of rows that are made here; as bpf/flow.h has it for the others."""
@@ -445,7 +458,7 @@ class Capture:
     def _claim_datagrams(self) -> None:
         """Lets open UDP sockets claim their translations; without UDP there is nothing to walk for."""
         keys, values = self._translations()
-        if np.any((keys["protocol"] == 17) & (values["conn_id"] == 0)):
+        if _unclaimed_datagrams(keys, values).any():
             self._walk_with("datagram_iterator")
 
     def _remember_bridges(self, found: list[tuple[bridges.Network, int]]) -> None:
@@ -466,7 +479,7 @@ class Capture:
     def has_flows(self) -> bool:
         """Whether there are flows, to which only a dump gives interim rows and the time of their last packet."""
         batches = libbpf.map_batches(self.maps.translations, TUPLE, TRANSLATION)
-        return any(bool(are_flows(values).any()) for _, values in batches)
+        return any(bool((are_flows(values) | _unclaimed_datagrams(keys, values)).any()) for keys, values in batches)
 
     def _known(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         keys, values = self._translations()
@@ -484,6 +497,12 @@ class Capture:
 
     def _translations(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return libbpf.map_items(self.maps.translations, TUPLE, TRANSLATION)
+
+
+def _unclaimed_datagrams(keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """UDP entries that may be those of open sockets, which only a walk finds."""
+    found: npt.NDArray[np.bool_] = (keys["protocol"] == 17) & (values["conn_id"] == 0)
+    return found
 
 
 def _host(address: bytes) -> bytes:

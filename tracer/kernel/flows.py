@@ -144,7 +144,9 @@ class Flows:
         if known.any():
             state = self._known.rows[place[known]]
             mine = records[known]
-            idle = (mine["packets_sent"] + mine["packets_received"] == state["packets"]) & (state["end"] > 0)
+            # Where nothing is counted, nothing tells whether it went on after the last dump.
+            idle = (mine["flags"] & Flag.COUNTED != 0) & (state["end"] > 0)
+            idle &= mine["packets_sent"] + mine["packets_received"] == state["packets"]
             end[known] = np.where(idle, state["end"], end[known])
             begin[known] = state["begin"]
             for name in _COUNTS:
@@ -158,8 +160,7 @@ class Flows:
             self._known.drop(gone)
         records["ts"] = np.clip(end, begin, records["ts"])
         records["duration_ns"] = records["ts"] - begin
-        # An entry from before the tracer that had no packet since: its flow was over when the tracer began.
-        before = (records["nat_source"] == NatSource.DUMP) & (end <= created) & (begin == created)
+        before = _over_before(records, created)
         self.withdrawn += int(np.count_nonzero(before))
         kept: Records = records[~before]
         return kept
@@ -194,14 +195,16 @@ class Flows:
             _SECOND
         )
         # An established TCP connection may be idle and open; of the others the last packet is all there is.
-        end = np.maximum(np.where((protocol == TCP) & ~over, np.uint64(now), last_packet), values["created"])
+        end = np.maximum(np.where((protocol == TCP) & ~over, np.uint64(now), last_packet), state["begin"])
         moved = entries["packets_sent"] + entries["packets_received"]
         # The clock of a dump is in whole seconds: what did not move did not end any later.
-        state["end"] = np.where(
-            (state["packets"] == moved) & (state["end"] > 0) & (over | (protocol != TCP)), state["end"], end
-        )
+        still = (entries["counted"] > 0) & (state["packets"] == moved) & (state["end"] > 0) & (over | (protocol != TCP))
+        state["end"] = np.where(still, state["end"], end)
         state["packets"], state["state"], state["status"] = moved, entries["state"], status
-        due = (end > state["begin"]) & ((end - np.minimum(end, state["begin"]) >= self._interval) & ~over | flush)
+        due = (state["end"] - state["begin"] >= self._interval) & ~over
+        if flush:
+            reported = state["packets_sent"] + state["packets_received"]
+            due |= (state["told"] == 0) | (moved > reported) | (state["end"] > state["begin"])
         records = self._interim(entries[due], values[due], owners[due], state[due], over[due] & flush)
         for name in _COUNTS:
             state[name] = np.where(due, entries[name], state[name])
@@ -294,8 +297,10 @@ class Flows:
         entries["counted"] = state["packets"] > 0
         over = (keys["protocol"] != TCP) | np.isin(state["state"], (TCP_TIME_WAIT, TCP_CLOSE))
         state["end"] = np.maximum(np.where(over, state["end"], now), state["begin"])
-        self.untold += len(keys)
-        return self._interim(entries, values, owners, state, np.ones(len(keys), np.bool_))
+        records = self._interim(entries, values, owners, state, np.ones(len(keys), np.bool_))
+        records = records[~_over_before(records, values["created"])]
+        self.untold += len(records)
+        return records
 
 
 def _claim(tuples: npt.NDArray[Any], ct_id: npt.NDArray[Any]) -> npt.NDArray[np.bytes_]:
@@ -303,6 +308,14 @@ def _claim(tuples: npt.NDArray[Any], ct_id: npt.NDArray[Any]) -> npt.NDArray[np.
     whole = np.empty(len(tuples), np.dtype([("src", "V16"), ("port", ">u2"), ("ct_id", "<u4"), ("end", "u1")]))
     whole["src"], whole["port"], whole["ct_id"], whole["end"] = tuples["src"], tuples["src_port"], ct_id, 1
     return whole.view(f"S{whole.dtype.itemsize}")
+
+
+def _over_before(records: Records, created: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which closing records are of entries from before the tracer that had no packet since: no flows of ours."""
+    before: npt.NDArray[np.bool_] = (
+        (records["nat_source"] == NatSource.DUMP) & (records["duration_ns"] == 0) & (records["ts"] == created)
+    )
+    return before
 
 
 def are_flows(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
