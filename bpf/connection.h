@@ -98,12 +98,24 @@ static __always_inline struct connection *open_connection(__u64 socket, __u64 co
 	return connection && connection->row.conn_id == conn_id ? connection : NULL;
 }
 
-/* Whether another socket has claimed this translation and is still open: then one tuple is open in two
- * namespaces, and whose the entry is cannot be told. */
-static __always_inline bool claimed_by_another(const struct translation *translation, __u64 conn_id)
+/* Whether one tuple is open in two namespaces, so that whose the entry is cannot be told: another socket has claimed
+ * this translation and is still open, or has done so while this one stood without (`again`). */
+static __always_inline bool claimed_by_another(const struct translation *translation, const struct record *row,
+					       bool again)
 {
-	return translation->conn_id && translation->conn_id != conn_id &&
-	       open_connection(translation->socket, translation->conn_id);
+	if (!translation->conn_id || translation->conn_id == row->conn_id)
+		return false;
+	return (again && row->flags & FLAG_ESTABLISHED) || open_connection(translation->socket, translation->conn_id);
+}
+
+/* Whether a translation is an earlier connection's, and nothing says that this one is its heir. conntrack may take an
+ * entry in TIME_WAIT for a new connection without a NEW event; but where the socket's own namespace can redirect what
+ * it sends (a sidecar), the connection may never have come out. */
+static __always_inline bool is_left_over(const void *sk, const struct record *row,
+					 const struct translation *translation)
+{
+	return translation->conn_id && translation->conn_id != row->conn_id && translation->created < row->started &&
+	       row->netns != NODE_NETNS && is_hooked(sk, &row->tuple);
 }
 
 /* Whether both addresses are on one bridge without bridge netfilter: then no hook was on the path. */
@@ -157,7 +169,7 @@ static __always_inline void join_server(struct record *row)
 
 /* Fills the row's translation, if it is known. Asked once the connection stands and, if that found nothing,
  * again at each row. */
-static __always_inline void join(const void *sk, struct connection *connection)
+static __always_inline void join(const void *sk, struct connection *connection, bool again)
 {
 	struct record *row = &connection->row;
 	struct translation *translation;
@@ -167,21 +179,24 @@ static __always_inline void join(const void *sk, struct connection *connection)
 		join_server(row);
 		return;
 	}
-	/* Another namespace's loopback never leaves it; the node's own may carry the same tuple. */
-	if (is_loopback(&row->tuple.src) && row->netns != NODE_NETNS) {
-		if (!connection->undialled)
+	/* What another namespace sends to itself never leaves it; the node's own may carry the same tuple. */
+	if (row->netns != NODE_NETNS &&
+	    (is_loopback(&row->tuple.src) || same_address(&row->tuple.src, &row->tuple.dst))) {
+		if (!connection->undialled && !connection->rewritten && !is_hooked(sk, &row->tuple))
 			not_rewritten(row);
 		return;
 	}
 	key_of(connection, &key);
 	translation = find_translation(&key);
-	if (translation && claimed_by_another(translation, row->conn_id)) {
+	if (translation && claimed_by_another(translation, row, again)) {
 		count(COUNT_AMBIGUOUS);
+		translation = NULL;
+	} else if (translation && is_left_over(sk, row, translation)) {
 		translation = NULL;
 	} else if (translation) {
 		translation->conn_id = row->conn_id;
 		translation->socket = (__u64)sk;
-	} else if (bridged(&key) && !connection->undialled && !connection->rewritten) {
+	} else if (bridged(&key) && !connection->undialled && !connection->rewritten && !is_hooked(sk, &key)) {
 		not_rewritten(row);
 		return;
 	}
@@ -379,7 +394,7 @@ static __always_inline void connection_stands(const void *sk)
 		row->connect_latency_us = (bpf_ktime_get_boot_ns() - row->started) / 1000;
 		row->flags |= FLAG_LATENCY;
 	}
-	join(sk, connection);
+	join(sk, connection, false);
 #if !INCLUDE_LOOPBACK
 	if (is_loopback(&row->tuple.dst) && !(row->nat & (NAT_DNAT | NAT_SNAT))) {
 		bpf_map_delete_elem_(CONNECTIONS, &key);
@@ -468,7 +483,7 @@ static __always_inline void join_again(const void *sk, struct connection *connec
 {
 	learn_port(sk, &connection->row);
 	if (connection->row.nat == NAT_UNKNOWN || !(connection->row.flags & FLAG_ESTABLISHED))
-		join(sk, connection);
+		join(sk, connection, true);
 }
 
 /* How a connection ended. sk_err is set before the state changes (tcp_reset, tcp_write_err); it is 0 for a local

@@ -65,7 +65,7 @@ static __always_inline void adopt(const void *sk, __u8 state)
 	row->flags |= FLAG_COUNTED;
 	if (state != BPF_TCP_SYN_SENT)
 		row->flags |= FLAG_ESTABLISHED;
-	join(sk, &connection);
+	join(sk, &connection, false);
 #if !INCLUDE_LOOPBACK
 	if (is_loopback(&row->tuple.dst) && !(row->nat & (NAT_DNAT | NAT_SNAT)))
 		return; /* left out by default: not offered */

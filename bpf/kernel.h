@@ -108,6 +108,21 @@ static __always_inline bool same_address(const struct address *a, const struct a
 DEFINE_SOCKET_READERS(, READ)
 DEFINE_SOCKET_READERS(_probed, PROBE)
 
+#define NF_INET_LOCAL_OUT 3
+
+/* Whether something in a socket's own namespace hooks into what it sends: a mesh's redirect, a firewall, conntrack. */
+static __always_inline bool is_hooked(const void *sk, const struct tuple *tuple)
+{
+	const void *net, *hooks;
+
+	READ(net, sk, OFFSET_sock_common__skc_net);
+	if (is_v4(&tuple->dst))
+		READ(hooks, net, OFFSET_net__nf + OFFSET_netns_nf__hooks_ipv4 + NF_INET_LOCAL_OUT * sizeof(hooks));
+	else
+		READ(hooks, net, OFFSET_net__nf + OFFSET_netns_nf__hooks_ipv6 + NF_INET_LOCAL_OUT * sizeof(hooks));
+	return hooks != NULL;
+}
+
 /* Totals of a TCP socket, as the contract counts them. bytes_received counts a received FIN as a byte (it follows
  * rcv_nxt, tcp_rcv_nxt_update), and tcp_fin() sets SOCK_DONE right after it; bytes_sent counts no SYN and no FIN, but
  * retransmitted bytes again (tcp_output.c). */

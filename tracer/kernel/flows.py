@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracer.kernel.maps import CLAIM_DATAGRAM, OWNER
-from tracer.kernel.timeouts import TCP_CLOSE, TCP_TIME_WAIT, Timeouts
+from tracer.kernel.timeouts import TCP_CLOSE, TCP_ESTABLISHED, TCP_SYN_RECV, TCP_SYN_SENT, TCP_TIME_WAIT, Timeouts
 from tracer.record import RECORD, RESULT_OPEN, TUPLE, Flag, Nat, NatSource, Role
 
 Records = npt.NDArray[Any]
@@ -204,7 +204,9 @@ class Flows:
         due = (state["end"] - state["begin"] >= self._interval) & ~over
         if flush:
             reported = state["packets_sent"] + state["packets_received"]
-            due |= (state["told"] == 0) | (moved > reported) | (state["end"] > state["begin"])
+            # An entry from before that still waits for an answer to its SYN is what a client that gave up has left.
+            waits = (protocol == TCP) & np.isin(entries["state"], (TCP_SYN_SENT, TCP_SYN_RECV))
+            due |= (state["told"] == 0) | (moved > reported) | ((state["end"] > state["begin"]) & ~waits)
         records = self._interim(entries[due], values[due], owners[due], state[due], over[due] & flush)
         for name in _COUNTS:
             state[name] = np.where(due, entries[name], state[name])
@@ -259,6 +261,7 @@ class Flows:
         )
         records["result"] = np.where(closed & (entries["state"] == TCP_TIME_WAIT), 0, RESULT_OPEN)
         records["role"] = Role.FORWARDED
+        records["ct_state"] = entries["state"]
         self._own(records, values, owners)
         return records
 
@@ -311,10 +314,15 @@ def _claim(tuples: npt.NDArray[Any], ct_id: npt.NDArray[Any]) -> npt.NDArray[np.
 
 
 def _over_before(records: Records, created: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Which closing records are of entries from before the tracer that had no packet since: no flows of ours."""
-    before: npt.NDArray[np.bool_] = (
-        (records["nat_source"] == NatSource.DUMP) & (records["duration_ns"] == 0) & (records["ts"] == created)
-    )
+    """Which closing records are of entries from before the tracer that had no packet since: no flows of ours.
+
+    Where nothing was counted, by the time of the last packet.
+    """
+    counted = records["flags"] & Flag.COUNTED != 0
+    first = records["ts"] - records["duration_ns"] == created
+    still = np.where(counted, records["packets_sent"] + records["packets_received"] == 0, records["duration_ns"] == 0)
+    stood = (records["tuple"]["protocol"] == TCP) & (records["ct_state"] == TCP_ESTABLISHED)
+    before: npt.NDArray[np.bool_] = (records["nat_source"] == NatSource.DUMP) & first & still & ~stood
     return before
 
 

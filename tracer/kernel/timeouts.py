@@ -15,7 +15,7 @@ _SYSCTL = Path("/proc/sys/net/netfilter")
 #: enum tcp_conntrack (include/uapi/linux/netfilter/nf_conntrack_tcp.h) from SYN_SENT = 1 on, and the kernel's defaults.
 _TCP = ("syn_sent", "syn_recv", "established", "fin_wait", "close_wait", "last_ack", "time_wait", "close")
 _TCP_DEFAULTS = (120, 60, 432_000, 120, 60, 30, 120, 10)
-TCP_TIME_WAIT, TCP_CLOSE = 7, 8
+TCP_SYN_SENT, TCP_SYN_RECV, TCP_ESTABLISHED, TCP_TIME_WAIT, TCP_CLOSE = 1, 2, 3, 7, 8
 _ASSURED = 0x04
 _UDP = 17
 
