@@ -376,11 +376,13 @@ class Capture:
         listed = _identity(entries["key"], entries["value"]["ct_id"])
         # Also not what was known before the dump and is not now: it ended meanwhile.
         missing = entries[~np.isin(listed, known) & ~np.isin(listed, earlier) & (not stopping)]
+        over = (missing["key"]["protocol"] == 6) & np.isin(missing["state"], (TCP_TIME_WAIT, TCP_CLOSE)) & starting
+        missing["value"]["conn_id"][over] = CLAIM_OVER
         for key, value in zip(_elements(missing["key"], TUPLE), _elements(missing["value"], TRANSLATION), strict=True):
             refused = libbpf.map_update(self.maps.translations, key, value, libbpf.BPF_NOEXIST)
             # Of entries that were born since, the kernel side has counted that they found no room.
             self._dump_lost += starting and refused == errno.E2BIG
-        self._look(entries, listed, keys, values, known, began, starting, stopping)
+        self._look(entries, listed, keys, values, known, began, stopping)
         hand_over()
         # A table that was not wholly understood is no reason to forget anything.
         gone = ~np.isin(known, listed) & (values["created"] <= began) & (not dumped.malformed)
@@ -390,8 +392,7 @@ class Capture:
         self.dumped_s = (_boot_ns() - began) / 1e9
 
     def _look(self, entries: npt.NDArray[Any], listed: npt.NDArray[Any], keys: npt.NDArray[Any],
-              values: npt.NDArray[Any], known: npt.NDArray[Any], now: int, starting: bool,
-              stopping: bool) -> None:  # fmt: skip
+              values: npt.NDArray[Any], known: npt.NDArray[Any], now: int, stopping: bool) -> None:  # fmt: skip
         flows = are_flows(values)
         if not flows.any():
             return
@@ -400,13 +401,6 @@ class Capture:
         place = np.minimum(np.searchsorted(listed, known, sorter=order), max(len(listed) - 1, 0))
         there = listed[order[place]] == known if len(listed) else np.zeros(len(known), np.bool_)
         found, values = entries[order[place[there]]] if len(listed) else entries[:0], values[there]
-        if starting:
-            over = (found["key"]["protocol"] == 6) & np.isin(found["state"], (TCP_TIME_WAIT, TCP_CLOSE))
-            over &= values["source"] == NatSource.DUMP
-            for key, value in zip(_elements(found["key"][over], TUPLE), values[over], strict=True):
-                value["conn_id"] = CLAIM_OVER
-                libbpf.map_update(self.maps.translations, key, value.tobytes())
-            found, values = found[~over], values[~over]
         records = self._flows.look(found, values, self._owners(found["key"], values), now, stopping)
         self._outbox.append(self._asked_for(records))
 

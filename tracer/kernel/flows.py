@@ -160,7 +160,8 @@ class Flows:
             self._known.drop(gone)
         records["ts"] = np.clip(end, begin, records["ts"])
         records["duration_ns"] = records["ts"] - begin
-        before = _over_before(records, created)
+        # Gone before a dump told what it had counted by then, or not moved since.
+        before = _over_before(records, created) | (records["nat_source"] == NatSource.DUMP) & ~known
         self.withdrawn += int(np.count_nonzero(before))
         kept: Records = records[~before]
         return kept
