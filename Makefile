@@ -3,6 +3,8 @@
 PYTHON := /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests wait for conntrack more than they compute.
+WORKERS := 3
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
 .PHONY: setup demo test lint format docs bench
@@ -24,7 +26,8 @@ demo: setup
 	$(BIN)/vip-tracer demo
 
 test: setup
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not alone" tests
+	$(BIN)/python -m pytest -q -m alone tests
 
 lint: setup
 	$(BIN)/ruff check tracer tests

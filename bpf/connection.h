@@ -29,9 +29,11 @@ static __always_inline bool excluded_destination(const struct address *dst)
 {
 #if EXCLUDE_CIDRS
 	struct network network;
+	__u8 *excluded;
 
 	host_network(&network, dst);
-	return bpf_map_lookup_elem_(EXCLUDED, &network) != NULL;
+	excluded = bpf_map_lookup_elem_(EXCLUDED, &network);
+	return excluded && *excluded;
 #else
 	return false;
 #endif

@@ -132,7 +132,7 @@ struct network {
 #define DIALS MAP(DIALS_FD)
 
 /* excluded: struct network -> u8. Longest prefix match, written by user space before the programs are attached:
- * connections to these destinations are not offered. Looked at if EXCLUDE_CIDRS. */
+ * connections to these destinations are not offered where the value is not 0. Looked at if EXCLUDE_CIDRS. */
 #define EXCLUDED MAP(EXCLUDED_FD)
 
 /* untracked: struct network -> u32. Longest prefix match, written by user space: the subnets of bridges without bridge

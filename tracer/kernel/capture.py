@@ -156,9 +156,12 @@ class Capture:
         )
 
     def _exclude(self) -> None:
-        for text in self.options.exclude_cidrs:
-            if libbpf.map_update(self.maps.excluded, _network(ipaddress.ip_network(text)), b"\1"):
-                raise TracerError(f"At most {self.options.sizes.networks} networks can be excluded.")
+        # A short IPv6 prefix would take in all of IPv4, whose addresses are v4-mapped here: not meant, unless said.
+        mapped = ipaddress.ip_network("::ffff:0:0/96")
+        libbpf.map_update(self.maps.excluded, _network(mapped), b"\0")
+        for network in map(ipaddress.ip_network, self.options.exclude_cidrs):
+            if libbpf.map_update(self.maps.excluded, _network(network), b"\1"):
+                raise TracerError(f"At most {self.options.sizes.networks - 1} networks can be excluded.")
 
     def _find_cgroups(self) -> None:
         try:
@@ -434,7 +437,7 @@ class Capture:
         if self.options.exclude_cidrs:
             trie = self.maps.excluded
             hosts = [_host(bytes(address)) for address in records["tuple"]["dst"]]
-            wanted &= np.array([libbpf.map_lookup(trie, host, 1) is None for host in hosts], np.bool_)
+            wanted &= np.array([libbpf.map_lookup(trie, host, 1) != b"\1" for host in hosts], np.bool_)
         return records[wanted]
 
     def _owners(self, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:

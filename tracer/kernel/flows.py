@@ -184,7 +184,7 @@ class Flows:
         self._forget(place[known])
         if not known.all():
             self._known.add(self._meet(entries[~known], values[~known], keys[~known]))
-            place, known = self._known.find(keys)
+        place, known = self._known.find(keys)
         rows = self._known.rows
         state = rows[place]
         protocol = entries["key"]["protocol"]
