@@ -24,7 +24,7 @@ from tracer.record import RESULT_OPEN, TUPLE, Flag, Nat, Role
 pytestmark = pytest.mark.needs("bpf", "netns", "conntrack", "iptables")
 
 SENDS, RECEIVES = 100, 300
-#: As a node has them, but for TIME_WAIT, which a test waits for now and then.
+#: The kernel's own timeouts; every entry tells of its end, whether or not somebody listened when it was born.
 PLAIN = Conntrack(events=1)
 UNTRACKED = """
 table ip untracked {

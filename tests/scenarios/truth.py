@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from agent_world import coverage, losses, rows, until
+from agent_world import coverage, losses, until
+from agent_world import rows as published
 
 from tracer.lab.netns import Namespace
 from tracer.lab.traffic import Ledger, Server, addresses
@@ -116,7 +117,7 @@ def account(output: Path) -> pd.Series:
 def clean(output: Path) -> pd.Series:
     """`account`; and the rows are those written, and nothing of conntrack was missed, misread or ended untold."""
     sums = account(output)
-    assert sums["written"] == len(rows(output))
+    assert sums["written"] == len(published(output))
     assert not sums[["malformed_events", "enobufs", "untold", "ambiguous"]].any()
     return sums
 

@@ -36,6 +36,8 @@ _STATE = np.dtype(
         ("end", "<u8"),  # when its last packet was, as the last dump told
         ("started", "<u8"),  # of entries from before the tracer, if conntrack noted it; else 0
         *((name, "<u8") for name in _COUNTS),  # what was reported
+        *((f"seen_{name}", "<u8") for name in _COUNTS),  # what the last dump said
+        ("counted", "u1"),  # whether it said anything
         ("packets", "<u8"),  # in both directions, as of the last dump
         ("told", "u1"),  # a row said `opened`
         ("state", "u1"),  # of TCP, as of the last dump
@@ -202,6 +204,9 @@ class Flows:
         still = (entries["counted"] > 0) & (state["packets"] == moved) & (state["end"] > 0) & (over | (protocol != TCP))
         state["end"] = np.where(still, state["end"], end)
         state["packets"], state["state"], state["status"] = moved, entries["state"], status
+        state["counted"] = entries["counted"]
+        for name in _COUNTS:
+            state[f"seen_{name}"] = entries[name]
         due = (state["end"] - state["begin"] >= self._interval) & ~over
         if flush:
             reported = state["packets_sent"] + state["packets_received"]
@@ -297,8 +302,8 @@ class Flows:
         )
         entries["key"], entries["state"] = keys, state["state"]
         for name in _COUNTS:
-            entries[name] = state[name]
-        entries["counted"] = state["packets"] > 0
+            entries[name] = state[f"seen_{name}"]
+        entries["counted"] = state["counted"]
         over = (keys["protocol"] != TCP) | np.isin(state["state"], (TCP_TIME_WAIT, TCP_CLOSE))
         state["end"] = np.maximum(np.where(over, state["end"], now), state["begin"])
         records = self._interim(entries, values, owners, state, np.ones(len(keys), np.bool_))
