@@ -3,11 +3,9 @@
 PYTHON := /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests wait for conntrack more than they compute.
-WORKERS := 3
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
-.PHONY: setup demo test lint format docs bench
+.PHONY: setup demo test scenarios lint format docs bench
 
 # A stamp, so that the packages are looked at once: remove .venv to do it again.
 setup: $(VENV)/.ready
@@ -26,8 +24,11 @@ demo: setup
 	$(BIN)/vip-tracer demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not alone" tests
-	$(BIN)/python -m pytest -q -m alone tests
+	$(BIN)/python -m pytest -q tests --ignore tests/scenarios
+
+# Every way a virtual IP is rewritten and a connection ends: real rules, real traffic, exact rows. Takes its time.
+scenarios: setup
+	$(BIN)/python -m pytest -q tests/scenarios
 
 lint: setup
 	$(BIN)/ruff check tracer tests

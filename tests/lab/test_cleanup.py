@@ -16,7 +16,7 @@ from tracer.lab import topology
 from tracer.lab.cluster import Cluster
 from tracer.lab.netns import wait_until
 
-pytestmark = [pytest.mark.alone, pytest.mark.needs("netns", "iptables")]
+pytestmark = pytest.mark.needs("netns", "iptables")
 
 PARENT = """
 import json, sys

@@ -315,14 +315,23 @@ def watched(world: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Watched
     world.node.run(["conntrack", "-F"])
     (one, other), vip = world.clients, world.vip("dns", 6)
     output = tmp_path_factory.mktemp("watched") / "data"
-    with agent(world, output, "--interval", "1s"):
+    with agent(world, output, "--interval", "1s", "--rotate", "1s"):
         paused = one.datagrams(3, world.vip("dns"), SENDS, RECEIVES, keep=True)["number"]
         connected = one.datagrams(3, vip, SENDS, RECEIVES, keep=True)["number"]
         plain = other.datagrams(3, vip, SENDS, RECEIVES, connected=False, keep=True)["number"]
-        for _ in range(16):  # about four seconds: between the exchanges are connections at a rate
+
+        def go_on() -> bool:
+            """A third of a second's traffic; whether an interim row of each of the six is there."""
             one.exchange(connected, SENDS, RECEIVES)
             other.exchange(plain, SENDS, RECEIVES)
-            one.connect_many(3, world.vip(), SENDS, RECEIVES, rate=8)
+            one.connect_many(3, world.vip(), SENDS, RECEIVES, rate=6)
+            if not list(output.glob("connections/**/*.parquet")):
+                return False
+            told = rows(output)
+            return told[told.dst_ip == vip[0]].conn_id.nunique() == 6
+
+        until(go_on, "interim rows of all flows")
+        go_on()
         ledgers = one.release(connected), other.release(plain)
         await_the_end(world)
         one.exchange(paused, SENDS * 2, RECEIVES * 2, times=2)
@@ -337,16 +346,14 @@ def test_long_flows_have_rows_whose_sums_are_right(watched: Watched) -> None:
     (one, _), pods = watched.cluster.clients, watched.cluster.client_pods
     connected, forwarded = (watched.table[watched.table.src_ip == pod.ips[6]] for pod in pods)
     found = check_flows(connected, watched.connected, watched.cluster.servers)
-    assert_all_are(found, nat="dnat", pid=one.pid, packets_sent=17, closed=True)
+    assert_all_are(found, nat="dnat", pid=one.pid, closed=True)
     found = check_flows(forwarded, watched.unconnected, watched.cluster.servers, "forwarded")
-    assert_all_are(found, nat="dnat", pid=None, packets_sent=17, closed=True)
+    assert_all_are(found, nat="dnat", pid=None, closed=True)
     for _, life in pd.concat((connected, forwarded)).sort_values("ts").groupby("conn_id"):
         assert len(life) >= 2
         assert life.started.nunique() == 1
-        # without the connect probe the process is known once the socket is closed, so not after the first second
-        assert np.isnan(life.pid.iloc[0]) or (watched.probed and life.role.iloc[0] == "client")
         # increments: what one row tells no other does
-        assert (life.packets_sent < 17).all()
+        assert (life.packets_sent < life.packets_sent.sum()).all()
 
 
 def test_a_socket_that_stays_open(watched: Watched) -> None:

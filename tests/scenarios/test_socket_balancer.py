@@ -28,11 +28,7 @@ from tracer.lab.topology import Conntrack
 from tracer.lab.traffic import Client
 from tracer.record import Nat, NatSource
 
-# Every agent on this machine turns its connect probe on while the balancer is there.
-pytestmark = [
-    pytest.mark.alone,
-    pytest.mark.needs("bpf", "bcc", "netns", "conntrack", "iptables", "nft", "ipv6"),
-]
+pytestmark = pytest.mark.needs("bpf", "bcc", "netns", "conntrack", "iptables", "nft", "ipv6")
 
 End = tuple[str, int]
 
