@@ -186,8 +186,13 @@ static __always_inline void flow_ends(struct __sk_buff *skb, __u32 offset, const
 	struct tuple key = *tuple;
 	struct owner *owner = NULL;
 	__u8 nat = translation->nat, flags = 0;
+	__u64 paused;
 
 	if (translation->conn_id == CLAIM_LOST || translation->conn_id == CLAIM_OVER)
+		goto out;
+	/* Born while the tracer stops: its socket, if it is one's, has not been taken in (connection.h). */
+	paused = control(CONTROL_PAUSE);
+	if (paused && translation->created >= paused)
 		goto out;
 	key.zone = 0;
 	/* A socket that is still open may not have claimed its entry, but told of itself at connect(). */

@@ -96,6 +96,7 @@ class Capture:
         self._bridges: list[tuple[bridges.Network, int]] = []
         self._cgroups: int | None = None
         self.dumped_s = 0.0
+        self._paused = 0
         with contextlib.ExitStack() as undo:
             self.maps = Maps.create(options.sizes)
             undo.callback(self.maps.close)
@@ -275,7 +276,8 @@ class Capture:
 
     def stop(self, hand_over: Callable[[], object]) -> None:
         """The end: no new connection is taken, and every open one gets a row. `hand_over` is as for `interim`."""
-        self.maps.set_control(CONTROL_PAUSE, _boot_ns())
+        self._paused = _boot_ns()
+        self.maps.set_control(CONTROL_PAUSE, self._paused)
         self._emit_all(MODE_FLUSH, hand_over)
         self.sweep()
         self.reconcile(hand_over, stopping=True)
@@ -397,6 +399,8 @@ class Capture:
     def _look(self, entries: npt.NDArray[Any], listed: npt.NDArray[Any], keys: npt.NDArray[Any],
               values: npt.NDArray[Any], known: npt.NDArray[Any], now: int, stopping: bool) -> None:  # fmt: skip
         flows = are_flows(values)
+        if stopping:  # what was born since is not offered, as in bpf/flow.h
+            flows &= values["created"] < self._paused
         if not flows.any():
             return
         keys, values, known = keys[flows], values[flows], known[flows]
