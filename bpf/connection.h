@@ -57,7 +57,7 @@ static __always_inline __u64 next_conn_id(void)
 		if (after == before + 1)
 			break;
 	}
-	return (__u64)RUN_ID << 48 | (__u64)(bpf_get_smp_processor_id() & 0xfff) << 36 | (after & ((1ULL << 36) - 1));
+	return RUN_ID << 48 | (__u64)(bpf_get_smp_processor_id() & 0xfff) << 36 | (after & ((1ULL << 36) - 1));
 }
 
 /* The node's translation of a tuple: zone 0 first, else another zone if exactly one matches; `key->zone` says which. */

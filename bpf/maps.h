@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* The maps. User space makes them (tracer/kernel/maps.py) and passes their descriptors as -D NAME_FD, so
- * that sizes are decided by arithmetic at the start and the descriptors outlive the process that compiles.
+/* The maps. User space makes them (tracer/kernel/maps.py) and puts their descriptors in the place of NAME_FD (symbols.h),
+ * so that sizes are decided by arithmetic at the start and the descriptors outlive the process that compiles.
  * All hash maps are plain and preallocated: an insert that does not fit fails and is counted, nothing is
  * evicted, and no allocation happens in the packet's path. */
 #ifndef TRACER_MAPS_H
@@ -8,8 +8,7 @@
 
 #include "counters.h"
 #include "record.h"
-
-#define MAP(fd) ((uintptr_t)bpf_pseudo_fd(1 /* BPF_PSEUDO_MAP_FD */, fd))
+#include "symbols.h"
 
 /* What the ring has been told of a connection so far: totals as the socket counts them. */
 struct reported {

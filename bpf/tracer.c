@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* The attach points. Compiled by bcc (tracer/kernel/loader.py), which passes as -D: map descriptors (*_FD), kernel
- * offsets (OFFSET_*), and the options NODE_NETNS, RUN_ID, INTERVAL_NS, INCLUDE_LOOPBACK, NETNS_FILTER, ROLES (bits:
- * 1 << enum role), ONLY_VIRTUAL, EXCLUDE_CIDRS, RING_BYTES. */
+/* The attach points. Compiled by bcc (tracer/kernel/compiler.py), which passes as -D: kernel offsets (OFFSET_*), symbols
+ * (*_FD, *_SYMBOL: symbols.h), and the options INCLUDE_LOOPBACK, NETNS_FILTER, ROLES (bits: 1 << enum role),
+ * ONLY_VIRTUAL, EXCLUDE_CIDRS. */
 #include "connection.h"
 #include "conntrack.h"
 #include "dial.h"

@@ -4,7 +4,6 @@ import errno
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from enum import IntEnum
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from tracer import schema
-from tracer.kernel import loader, maps
+from tracer.kernel import compiler, maps
 from tracer.record import (
     NAT_NAMES,
     NAT_SOURCE_NAMES,
@@ -29,7 +28,7 @@ from tracer.record import (
     result_name,
 )
 
-HEADERS = loader.source_directory()
+HEADERS = compiler.source_directory()
 
 #: C name of a struct → what Python believes of it, and how a field is called in C where the names differ.
 STRUCTS: dict[str, tuple[np.dtype, dict[str, str]]] = {
@@ -98,8 +97,7 @@ def compile_with(conditions: list[str], tmp_path: Path) -> str:
     source = tmp_path / "layout.c"
     asserted = (f'_Static_assert({condition}, "layout");\n' for condition in conditions)
     source.write_text('#include "maps.h"\n' + "".join(asserted))
-    descriptors = {field.name: 0 for field in fields(maps.Maps)}
-    flags = loader.flags(loader.Job(maps=descriptors, constants={}, node_netns="", cgroups=None))
+    flags = compiler.flags({})
     done = subprocess.run(
         [sys.executable, "-c", _COMPILE, str(HEADERS), str(source), *flags], capture_output=True, text=True, check=False
     )

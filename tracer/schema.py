@@ -14,7 +14,7 @@ import json
 
 import pyarrow as pa
 
-#: Version of the connections table and of the coverage table; part of every path and of every file's metadata.
+#: Version of the tables; part of every path and of every file's metadata.
 SCHEMA_VERSION = 1
 
 DICT = pa.dictionary(pa.int32(), pa.string())
@@ -313,8 +313,38 @@ COVERAGE: tuple[Column, ...] = (
     _null("translations", pa.uint64(), "translations known at ts (a gauge)", unit="translation"),
 )
 
+#: The endpoints table. A row is an interval in which one backend of one service port stood as the row says.
+ENDPOINTS: tuple[Column, ...] = (
+    Column("node", DICT, "the node whose agent heard it from the API server", ecs="host.name", otel="k8s.node.name"),
+    Column("ts", TIME, "end of the row's interval", unit="ns since the epoch", ecs="event.end"),
+    Column("started", TIME, "start of the row's interval", unit="ns since the epoch", ecs="event.start"),
+    Column("run_id", DICT, "one run of the agent"),
+    Column("dst_namespace", DICT, "namespace of the service", otel="k8s.namespace.name"),
+    Column("dst_service", DICT, "the service"),
+    _null("dst_service_port", DICT, "name of the service's port; null where it has none"),
+    Column("dst_port", pa.uint16(), "the service's port"),
+    Column("protocol", DICT, "tcp, udp or sctp", otel="network.transport"),
+    Column("virtual_ips", DICT, "the service's cluster, external and load balancer addresses, comma separated"),
+    _null("node_port", pa.uint16(), "the service port's NodePort"),
+    Column("backend_ip", DICT, "the endpoint's address"),
+    Column("backend_port", pa.uint16(), "the endpoint's port"),
+    _null("backend_pod", DICT, "the pod behind the endpoint", otel="k8s.pod.name"),
+    _null("backend_workload", DICT, "the workload the pod belongs to, where that is known"),
+    _null("backend_node", DICT, "the node the endpoint is on", otel="k8s.node.name"),
+    _null("backend_zone", DICT, "the zone the endpoint is in", otel="cloud.availability_zone"),
+    Column("ready", pa.bool_(), "whether it was to get connections; unknown counts as true, as the API has it"),
+    Column("serving", pa.bool_(), "whether it answered, terminating or not; unknown counts as ready"),
+    Column("terminating", pa.bool_(), "whether it was being shut down"),
+    _null("hint_zones", DICT, "zones whose clients it was meant for, comma separated; null: no hint"),
+    _null("hint_nodes", DICT, "nodes whose clients it was meant for, comma separated; null: no hint"),
+    Column("session_affinity", DICT, "None or ClientIP"),
+    _null("affinity_s", pa.uint32(), "how long a client stays with its backend, of ClientIP", unit="s"),
+    Column("internal_policy", DICT, "internalTrafficPolicy: Cluster or Local"),
+    Column("external_policy", DICT, "externalTrafficPolicy: Cluster or Local"),
+)
+
 #: Tables by name, as they are named on disk.
-TABLES: dict[str, tuple[Column, ...]] = {"connections": CONNECTIONS, "coverage": COVERAGE}
+TABLES: dict[str, tuple[Column, ...]] = {"connections": CONNECTIONS, "coverage": COVERAGE, "endpoints": ENDPOINTS}
 
 _ABOUT = {
     "connections": (
@@ -327,6 +357,12 @@ _ABOUT = {
         "what was lost at which stage. Counters are increments over the interval; null means that this agent does not "
         "count it. `emitted` of a run is the sum of `written` and `lost_writer` once its `last` row is there."
     ),
+    "endpoints": (
+        "A row is **an interval in which one backend of one service port stood as the row says**, as the API server told "
+        "the agent of one node. Written at each publication for the services that the node's connections dialled, so "
+        "that every hour is complete in itself; expected shares are computed from it. Intervals of one endpoint do not "
+        "overlap within one run. Empty without an API server."
+    ),
 }
 
 
@@ -337,7 +373,7 @@ def arrow(table: str = "connections") -> pa.Schema:
 
 
 def as_json() -> str:
-    """Both tables as a JSON document, for programs."""
+    """All tables as a JSON document, for programs."""
     tables = {
         table: [
             {"name": c.name, "type": c.type_name, "nullable": c.nullable, "description": c.description}

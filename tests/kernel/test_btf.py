@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tracer.errors import TracerError
-from tracer.kernel import btf, loader
+from tracer.kernel import btf, compiler
 
 pytestmark = pytest.mark.needs("bpf")
 
@@ -82,7 +82,7 @@ def test_this_kernels_offsets_are_what_another_reader_finds() -> None:
 
 
 def test_every_offset_that_the_programs_use_is_looked_up_and_no_other() -> None:
-    sources = "".join(path.read_text() for path in loader.source_directory().glob("*.[ch]"))
+    sources = "".join(path.read_text() for path in compiler.source_directory().glob("*.[ch]"))
     used = set(re.findall(r"OFFSET_(\w+?__\w+)", sources))
     assert used == {f"{name}__{field}" for name, field in btf.FIELDS}
 

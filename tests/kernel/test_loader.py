@@ -1,16 +1,17 @@
 """The loader child: what it hands over, and what is left when it does not come to that."""
 
 import os
-import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tracer.errors import TracerError
 from tracer.kernel import libbpf, loader
 from tracer.kernel.capture import Capture, Options
-from tracer.kernel.maps import Maps, Sizes
+from tracer.kernel.maps import Sizes
 from tracer.lab.netns import Namespace, wait_until
 
 SIZES = Sizes(connections=256, translations=256, ring_bytes=1 << 16, listeners=64, namespaces=64)
@@ -121,13 +122,15 @@ def test_a_child_that_says_more_than_a_pipe_holds(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.needs("bpf")
-def test_what_the_compiler_says_reaches_the_user() -> None:
+def test_what_the_compiler_says_reaches_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_descriptors()
-    broken: int = "no_such_name"  # type: ignore[assignment]
+    job = Capture._job
+    broken: dict[str, Any] = {"NETNS_FILTER": 0, "ROLES": "no_such_name"}
+    monkeypatch.setattr(Capture, "_job", lambda self: replace(job(self), switches=job(self).switches | broken))
     with pytest.raises(
-        TracerError, match=r"(?s)^The BPF programs could not be loaded: .*'vip-tracer doctor'"
+        TracerError, match=r"(?s)^The BPF programs could not be compiled: .*'vip-tracer doctor'"
     ) as caught:
-        Capture(Options(sizes=SIZES, run_id=broken))
+        Capture(Options(sizes=SIZES))
     assert "error: use of undeclared identifier 'no_such_name'" in str(caught.value)
     assert open_descriptors() == before
 
@@ -137,6 +140,7 @@ def test_what_the_compiler_says_reaches_the_user() -> None:
 def test_a_bcc_that_is_not_bpfs(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bcc").mkdir()
     (tmp_path / "bcc" / "__init__.py").write_text(content)
+    monkeypatch.delenv("VIP_TRACER_CACHE")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     before = open_descriptors()
     with pytest.raises(TracerError, match="apt-get install python3-bpfcc") as caught:
@@ -156,36 +160,9 @@ def test_a_namespace_that_went_away() -> None:
     assert open_descriptors() == before
 
 
-def test_no_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "__file__", str(tmp_path / "tracer" / "kernel" / "loader.py"))
-    with pytest.raises(TracerError, match=r"sources were not found beside .*/tracer: install vip-tracer again"):
-        loader.source_directory()
-
-
-def test_sources_inside_the_package_come_before_those_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loader, "__file__", str(tmp_path / "tracer" / "kernel" / "loader.py"))
-    for place in (tmp_path / "bpf", tmp_path / "tracer" / "bpf"):
-        place.mkdir(parents=True)
-        shutil.copy(Path(__file__).parents[2] / "bpf" / "tracer.c", place)
-        assert loader.source_directory() == place
-
-
 def test_a_job_survives_the_socket() -> None:
-    job = loader.Job(maps={"connections": 7}, constants={"RUN_ID": 1 << 15}, node_netns="/proc/1/ns/net", cgroups=None)
+    job = loader.Job(
+        maps={"connections": 7}, switches={"ROLES": 3}, values={"RUN_ID": 1 << 15}, node_netns="/proc/1/ns/net",
+        cgroups=None, cache="/var/cache/programs",
+    )  # fmt: skip
     assert loader.Job.decode(job.encode()) == job
-
-
-@pytest.mark.needs("bpf")
-def test_every_map_reaches_the_compiler_by_its_name() -> None:
-    maps = Maps.create(SIZES)
-    try:
-        flags = loader.flags(loader.Job(maps=maps.descriptors(), constants={"RUN_ID": 5}, node_netns="", cgroups=None))
-    finally:
-        maps.close()
-    source = "".join(path.read_text() for path in loader.source_directory().glob("*.h"))
-    for name, fd in maps.descriptors().items():
-        assert f"-D{name.upper()}_FD={fd}" in flags
-        assert f"MAP({name.upper()}_FD)" in source
-    assert "-DRUN_ID=5" in flags

@@ -21,7 +21,7 @@ import pytest
 from agent_world import agent, coverage, rows, until
 from scenarios.truth import account, check, lives
 
-from tracer.kernel import libbpf, loader
+from tracer.kernel import compiler, libbpf
 from tracer.kernel.capture import Capture, Options
 from tracer.lab.cluster import Cluster
 from tracer.lab.topology import Conntrack
@@ -137,7 +137,7 @@ class Balancer:
     def __init__(self) -> None:
         import bcc
 
-        with patch.dict(os.environ, BCC_KERNEL_SOURCE=str(loader.source_directory())):
+        with patch.dict(os.environ, BCC_KERNEL_SOURCE=str(compiler.source_directory())):
             flags = ["-DCONFIG_BPF_SYSCALL=1", "-DPAGE_SIZE=4096", "-Wno-everything"]
             self._module: Any = bcc.BPF(text=_SOURCE.encode(), cflags=flags)
         self._links: list[int] = []

@@ -100,6 +100,8 @@ def capture_options(command: F) -> F:
                          help="Room for conntrack entries (176 bytes of kernel memory each)."),
             click.option("--ring-bytes", type=ring_size, metavar="SIZE", default="2MiB", show_default=True,
                          help="The ring buffer: a power of two; 208 bytes a record."),
+            click.option("--cache", metavar="DIR", envvar="VIP_TRACER_CACHE",
+                         help="Keep compiled programs in this directory of yours, for a quicker and smaller start."),
         )
     ):  # fmt: skip
         command = option(command)
@@ -133,5 +135,6 @@ def capture_from(values: dict[str, Any]) -> Any:
         connect_probe=values.pop("connect_probe"),
         exclude_cidrs=values.pop("exclude_cidr"),
         only_virtual=values.pop("only_virtual"),
+        cache=values.pop("cache"),
         sizes=sizes,
     )

@@ -7,7 +7,8 @@ import click
 @click.option(
     "-o", "--output-format", type=click.Choice(["table", "json", "markdown"]), default="table", show_default=True
 )
-@click.option("--of", "of", type=click.Choice(["connections", "coverage"]), default="connections", show_default=True,
+@click.option("--of", "of", type=click.Choice(["connections", "coverage", "endpoints"]),
+              default="connections", show_default=True,
               help="Which table (the table format only).")  # fmt: skip
 def schema(output_format: str, of: str) -> None:
     """Print the columns of the dataset: type, unit, meaning, and their names elsewhere (ECS, OpenTelemetry, IPFIX)."""

@@ -1,4 +1,4 @@
 """The kernel's side of the tracer: load, attach, map the ring buffer, read what was there before.
 
-The only place that imports bcc, and it does so in a child process (`loader`).
+The only place that imports bcc, and it does so in a child process (`loader`, by `compiler`).
 """

@@ -57,7 +57,8 @@ _SOCKET = np.dtype("<u8")
 class Options:
     """What is captured. Namespaces are given by path, networks as in "10.0.0.0/8".
 
-    `connect_probe` is "on", "off", or "auto": on where a program rewrites addresses inside connect().
+    `connect_probe` is "on", "off", or "auto": on where a program rewrites addresses inside connect(). `cache` is where
+    compiled programs are kept for the next start; by default what $VIP_TRACER_CACHE says, or nowhere.
     """
 
     node_netns: str = netns.OWN
@@ -70,6 +71,7 @@ class Options:
     exclude_cidrs: tuple[str, ...] = ()
     only_virtual: bool = False
     sizes: Sizes = field(default_factory=Sizes)
+    cache: str | None = field(default_factory=lambda: os.environ.get("VIP_TRACER_CACHE") or None)
     run_id: int = field(default_factory=lambda: random.getrandbits(16))
 
 
@@ -141,19 +143,22 @@ class Capture:
     def _job(self) -> Job:
         return Job(
             maps=self.maps.descriptors(),
-            constants={
-                "NODE_NETNS": netns.inode(self.options.node_netns),
-                "RUN_ID": self.options.run_id,
-                "INTERVAL_NS": int(self.options.interval_s * 1e9),
+            switches={
                 "INCLUDE_LOOPBACK": int(self.options.loopback),
                 "NETNS_FILTER": self._filter[0],
                 "ROLES": sum(1 << number for number, role in ROLE_NAMES.items() if role in self.options.roles),
                 "ONLY_VIRTUAL": int(self.options.only_virtual),
                 "EXCLUDE_CIDRS": int(bool(self.options.exclude_cidrs)),
+            },
+            values={
+                "NODE_NETNS": netns.inode(self.options.node_netns),
+                "RUN_ID": self.options.run_id,
+                "INTERVAL_NS": int(self.options.interval_s * 1e9),
                 "RING_BYTES": self.options.sizes.ring_bytes,
             },
             node_netns=self.options.node_netns.replace("thread-self", str(os.getpid())),
             cgroups=self._cgroups,
+            cache=self.options.cache,
         )
 
     def _exclude(self) -> None:

@@ -192,8 +192,8 @@ class _LoadOptions(ctypes.Structure):
 
 
 # enum bpf_prog_type and enum bpf_attach_type (include/uapi/linux/bpf.h)
-PROG_TYPE_TRACEPOINT, PROG_TYPE_CGROUP_SOCK, _PROG_TYPE_TRACING = 5, 9, 26
-ATTACH_CONNECT4, ATTACH_CONNECT6, _ATTACH_TRACE_RAW, ATTACH_SOCK_RELEASE = 10, 11, 23, 34
+PROG_TYPE_SOCKET_FILTER, PROG_TYPE_TRACEPOINT, PROG_TYPE_CGROUP_SOCK, _PROG_TYPE_TRACING = 1, 5, 9, 26
+ATTACH_CONNECT4, ATTACH_CONNECT6, _ATTACH_TRACE_RAW, _ATTACH_TRACE_ITER, ATTACH_SOCK_RELEASE = 10, 11, 23, 28, 34
 
 
 def load_program(kind: int, name: str, instructions: bytes, attach_type: int = 0, target: int = 0) -> int:
@@ -241,17 +241,37 @@ def load_tracepoint(name: str, instructions: bytes, tracepoint: str) -> int:
     return load_program(_PROG_TYPE_TRACING, name, instructions, _ATTACH_TRACE_RAW, target)
 
 
+def load_iterator(name: str, instructions: bytes, kind: str) -> int:
+    """Loads an iterator over the sockets of a kind, "tcp" or "udp"; a link's descriptor, to be walked by `iter_create`.
+
+    Raises:
+        TracerError: the kernel has no such iterator, or refuses the program.
+    """
+    target = library().libbpf_find_vmlinux_btf_id(kind.encode(), _ATTACH_TRACE_ITER)
+    if target <= 0:
+        raise TracerError(f"This kernel has no iterator over {kind} sockets: Linux 5.9 or newer has it.")
+    program = load_program(_PROG_TYPE_TRACING, name, instructions, _ATTACH_TRACE_ITER, target)
+    try:
+        return _link(program, 0, _ATTACH_TRACE_ITER, f"the iterator over {kind} sockets")
+    finally:
+        os.close(program)
+
+
+def _link(prog: int, target: int, attach_type: int, what: str) -> int:
+    link = library().bpf_link_create(prog, target, attach_type, None)
+    if link < 0:
+        code = ctypes.get_errno() or -link
+        raise OSError(code, f"{os.strerror(code)} when attaching {what}")
+    return int(link)
+
+
 def attach_cgroup(prog: int, cgroup: int, attach_type: int) -> int:
     """Attaches a program to a cgroup (v2); the link's descriptor, with which the attachment ends.
 
     Raises:
         OSError: the kernel's refusal.
     """
-    link = library().bpf_link_create(prog, cgroup, attach_type, None)
-    if link < 0:
-        code = ctypes.get_errno() or -link
-        raise OSError(code, f"{os.strerror(code)} when attaching to a cgroup")
-    return int(link)
+    return _link(prog, cgroup, attach_type, "to a cgroup")
 
 
 def attached_to_cgroup(cgroup: int, attach_type: int) -> int:
