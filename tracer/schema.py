@@ -358,9 +358,9 @@ _ABOUT = {
         "count it. `emitted` of a run is the sum of `written` and `lost_writer` once its `last` row is there."
     ),
     "endpoints": (
-        "A row is **an interval in which one backend of one service port stood as the row says**, as the API server told "
-        "the agent of one node. Written at each publication for the services that the node's connections dialled, so "
-        "that every hour is complete in itself; expected shares are computed from it. Intervals of one endpoint do not "
+        "A row is **an interval in which one backend of one service port stood as the row says**, as the API server "
+        "told the agent of one node. Nothing writes this table yet. To be written at each publication for the services that the node's connections "
+        "dialled, so that every hour is complete in itself; expected shares are computed from it. Intervals of one endpoint do not "
         "overlap within one run. Empty without an API server."
     ),
 }

@@ -1,7 +1,4 @@
-"""Entries that are deleted under their connection, reused, or not made at all; and that nothing is kept for ever.
-
-A full conntrack table is left out: nf_conntrack_max is the whole machine's, and no namespace has one of its own.
-"""
+"""Entries that are deleted under their connection, reused, or not made at all; and that nothing is kept for ever."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -297,3 +294,48 @@ def test_nothing_is_kept_for_ever(tmp_path: Path) -> None:
             }  # fmt: skip
             assert libbpf.map_count(capture.maps.owners, TUPLE, OWNER) == 0
             assert not (capture.drain()["flags"] & Flag.PROVISIONAL).any()
+
+
+def fill(node: Node, path: Path) -> int:
+    """Fills the node's conntrack table with entries that may not be dropped for others (ASSURED); how many were made.
+
+    The limit is the machine's (nf_conntrack_max), but each namespace's entries are counted by themselves
+    (__nf_conntrack_alloc), so that a namespace can be filled without touching a setting.
+    """
+    room = int(Path("/proc/sys/net/netfilter/nf_conntrack_max").read_text())
+    lines = (
+        f"-I -s 198.18.{number >> 24}.1 -d 203.0.{number >> 16 & 255}.{number >> 8 & 255} -p udp "
+        f"--sport {1024 + (number & 255)} --dport 53 -u SEEN_REPLY,ASSURED -t 600\n"
+        for number in range(room)
+    )
+    path.write_text("".join(lines))
+    # It stops at the first that finds no room.
+    node.netns.run(["sh", "-c", f"conntrack -R {path} >/dev/null 2>&1 || true"], timeout=100)
+    return int(node.netns.run(["conntrack", "-C"]))
+
+
+def test_a_full_table_refuses_connections_and_nothing_is_made_up(tmp_path: Path) -> None:
+    with Cluster(backends=1, clients=1, syn_retries=1) as cluster:
+        client, vip = cluster.clients[0], cluster.vip()
+        with agent(cluster, tmp_path / "data", "--max-translations", "1000"):
+            held = client.hold(3, vip)["number"]
+            made = fill(cluster.nodes[0], tmp_path / "entries")
+            assert made >= int(Path("/proc/sys/net/netfilter/nf_conntrack_max").read_text())
+            refused = client.connect_many(2, vip, SENDS, RECEIVES)
+            assert set(refused["errno"]) == {110}
+            client.exchange(held, SENDS, RECEIVES)
+            client.release(held)
+            cluster.node.run(["conntrack", "-F"])
+            through = client.connect_many(4, vip, SENDS, RECEIVES)
+            cluster.settle()
+        table = lives(rows(tmp_path / "data"))
+    assert (len(table), set(table.role)) == (9, {"client"})
+    dropped = table[table.result == "timeout"]
+    assert (len(dropped), set(dropped.nat), dropped.backend_ip.count()) == (2, {"unknown"}, 0)
+    stood = table[table.result == "ok"]
+    assert (len(stood), set(stood.nat)) == (7, {"dnat"})
+    assert set(through["errno"]) == {0}
+    sums = account(tmp_path / "data")
+    assert sums["unresolved"] == 2
+    # What the tracer itself had no room for is counted, each.
+    assert sums["lost_translation_map"] >= made - 1000 - 3
