@@ -359,9 +359,9 @@ _ABOUT = {
     ),
     "endpoints": (
         "A row is **an interval in which one backend of one service port stood as the row says**, as the API server "
-        "told the agent of one node. Nothing writes this table yet. To be written at each publication for the services that the node's connections "
-        "dialled, so that every hour is complete in itself; expected shares are computed from it. Intervals of one endpoint do not "
-        "overlap within one run. Empty without an API server."
+        "told the agent of one node; for the services that the node's connections dialled. Every hour is complete in "
+        "itself; expected shares are computed from it. Intervals of one endpoint do not overlap within one run. "
+        "Nothing writes this table yet."
     ),
 }
 
