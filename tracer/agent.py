@@ -3,6 +3,7 @@
 Knows the rhythm (drain, interim rows, reconciliation, stop) and nothing of kernels or files, which it is given.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -18,6 +19,10 @@ from tracer.clock import WallClock
 from tracer.errors import TracerError
 from tracer.kernel import checks
 from tracer.kernel.capture import Capture, Options
+from tracer.kernel.mounts import host_cgroups
+
+if TYPE_CHECKING:
+    from tracer.naming.live import LiveNames
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +41,9 @@ SWEEP_S = 60.0
 #: The signals that end the agent in good order.
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
+#: What the kubelet tells every container where the API server is.
+IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
+
 Records = npt.NDArray[Any]
 
 
@@ -46,6 +54,8 @@ class AgentOptions:
     output: Path
     node: str
     capture: Options = field(default_factory=Options)
+    kubeconfig: Path | None = None
+    name_wait_s: float = 2.0
     rotate_s: float = 300
     rotate_bytes: int = 64 << 20
     ready_file: Path | None = None
@@ -152,6 +162,40 @@ def follow(
     return reason
 
 
+def names_of(node: str, kubeconfig: Path | None, wait_s: float, keep_s: float) -> "LiveNames | None":
+    """Names of the cluster that the kubeconfig, or without one the container's environment, leads to.
+
+    Nothing is asked before its `start`. None: there is no cluster.
+
+    Args:
+        node: as the cluster calls it: its pods are watched.
+        kubeconfig: a file.
+        wait_s: how long rows wait for their names.
+        keep_s: from a row's beginning to its naming at the most.
+
+    Raises:
+        UsageError: the kubeconfig does not say where the API server is.
+    """
+    if kubeconfig is None and IN_CLUSTER not in os.environ:
+        return None
+    # Imported here: an agent without a cluster does without the client.
+    from tracer.naming.book import KEEP_NS
+    from tracer.naming.cgroups import Cgroups
+    from tracer.naming.live import LiveNames
+    from tracer.naming.watch import Watches
+
+    watches = Watches(kubeconfig, node)
+    try:
+        root = host_cgroups()
+    except TracerError as error:
+        _log.warning("pods of host-network processes stay unnamed where cgroup v1 does not tell them: %s", error)
+        cgroups = Cgroups(None)
+    else:
+        cgroups = Cgroups(root)
+        os.close(root)
+    return LiveNames(watches, cgroups, wait_s=wait_s, keep_ns=max(KEEP_NS, round(keep_s * 1e9)))
+
+
 def run(options: AgentOptions) -> None:
     """The agent, from its checks to the last published file.
 
@@ -171,7 +215,11 @@ def run(options: AgentOptions) -> None:
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     began = time.monotonic()
     clock = WallClock()
-    with Capture(options.capture) as capture:
+    kept_s = options.capture.interval_s + options.rotate_s + 300
+    names = names_of(options.node, options.kubeconfig, options.name_wait_s, kept_s)
+    with Capture(options.capture) as capture, contextlib.closing(names) if names else contextlib.nullcontext():
+        if names:
+            names.start()
         identity = Run.here(
             options.node,
             programs=",".join(capture.programs),
@@ -185,6 +233,7 @@ def run(options: AgentOptions) -> None:
             capture.totals,
             rotate_s=options.rotate_s,
             rotate_bytes=options.rotate_bytes,
+            names=names,
         )
         try:
             _announce(options, capture, time.monotonic() - began)

@@ -311,6 +311,21 @@ COVERAGE: tuple[Column, ...] = (
         unit="entry",
     ),
     _null("translations", pa.uint64(), "translations known at ts (a gauge)", unit="translation"),
+    _count(
+        "unnamed",
+        "rows whose service, backend or client was not known by name when they had waited long enough for it",
+        "row",
+    ),
+    _count("ambiguous_names", "rows with an address that more than one pod or service may have had: not named", "row"),
+    _null(
+        "naming",
+        DICT,
+        "names of the API server at ts: off (not asked for), starting (no complete list yet), current, stale (the API "
+        "server is not heard, the names are the last ones known)",
+    ),
+    _null("names_age_s", pa.uint32(), "how long before ts the API server was last heard (a gauge)", unit="s"),
+    _count("names_malformed", "objects and watch lines of the API server that could not be read", "object"),
+    _count("names_forgotten", "names of what is gone, forgotten before their time for want of room", "name"),
 )
 
 #: The endpoints table. A row is an interval in which one backend of one service port stood as the row says.
@@ -361,7 +376,7 @@ _ABOUT = {
         "A row is **an interval in which one backend of one service port stood as the row says**, as the API server "
         "told the agent of one node; for the services that the node's connections dialled. Every hour is complete in "
         "itself; expected shares are computed from it. Intervals of one endpoint do not overlap within one run. "
-        "Nothing writes this table yet."
+        "Written with each publication, where the agent has an API server to ask (`--kubeconfig`)."
     ),
 }
 

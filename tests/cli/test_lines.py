@@ -27,7 +27,7 @@ def test_names_stand_before_addresses_and_no_arrow_where_nothing_was_rewritten()
     content = named(rows(1), src_namespace="shop", src_pod="till", dst_namespace="shop", dst_service="web")
     (row,) = named(content, nat="none").to_pylist()
     text = line(row)
-    assert "shop/till (10.244.1.150:0) → shop/web (10.244.1.10:80)  none" in text
+    assert "shop/till → shop/web (10.244.1.10:80)  none" in text
     assert "⇒" not in text
 
 

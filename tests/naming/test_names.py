@@ -26,20 +26,9 @@ from tracer.naming.fields import address_text
 from tracer.naming.names import Namer, Names
 from tracer.naming.objects import ServicePort, SlicePort
 from tracer.record import RECORD, Flag, Nat, Role
+from tracer.store.names import COLUMNS
 
 CLIENT, BACKEND, REMOTE, VIP = "10.244.1.9", "10.244.1.5", "10.244.2.5", "10.96.0.9"
-COLUMNS = (
-    "src_namespace",
-    "src_pod",
-    "src_workload",
-    "dst_namespace",
-    "dst_service",
-    "dst_service_port",
-    "backend_pod",
-    "backend_workload",
-    "backend_node",
-    "backend_zone",
-)
 
 
 def cluster() -> Book:

@@ -17,6 +17,7 @@ from tracer.cli.agent import agent
 from tracer.cli.demo import demo
 from tracer.cli.doctor import doctor
 from tracer.cli.lines import printable
+from tracer.cli.name import name
 from tracer.cli.observe import observe
 from tracer.cli.schema import schema
 from tracer.errors import NoDataError, TracerError, UsageError
@@ -65,5 +66,5 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 
-for command in (agent, observe, doctor, demo, schema):
+for command in (agent, observe, doctor, demo, schema, name):
     main.add_command(command)

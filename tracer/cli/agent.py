@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tracer.cli.options import capture_from, capture_options, duration, node_name, size
+from tracer.cli.options import capture_from, capture_options, duration, names_options, node_name, size
 from tracer.cli.signals import hold
 
 
@@ -26,6 +26,7 @@ from tracer.cli.signals import hold
 @click.option("--rotate-bytes", type=size, default="64MiB", show_default=True, help="Publish a file of this size.")
 @click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Write this file once tracing.")
 @click.option("--duration", type=duration, help="Stop by itself after so long.")
+@names_options
 @capture_options
 def agent(**values: Any) -> None:
     """Trace this node's connections into Parquet files until SIGTERM or Ctrl-C."""
@@ -38,6 +39,8 @@ def agent(**values: Any) -> None:
             output=values["output"],
             node=values["node"],
             capture=capture,
+            kubeconfig=values["kubeconfig"],
+            name_wait_s=values["name_wait"],
             rotate_s=values["rotate"],
             rotate_bytes=values["rotate_bytes"],
             ready_file=values["ready_file"],

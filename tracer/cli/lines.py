@@ -67,11 +67,32 @@ def endpoint_text(address: str | None, port: int | None) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _named(row: Row, address: str, pod: str, namespace: str | None) -> str:
-    text = endpoint_text(row[f"{address}_ip"], row[f"{address}_port"])
-    if not row[pod]:
-        return text
-    return f"{row[namespace]}/{row[pod]} ({text})" if namespace and row[namespace] else f"{row[pod]} ({text})"
+def _client(row: Row, wide: bool) -> str:
+    """namespace/pod, where that is known, otherwise the address; `wide`: both."""
+    address = endpoint_text(row["src_ip"], row["src_port"])
+    if not row["src_pod"]:
+        return address
+    pod = f"{row['src_namespace']}/{row['src_pod']}"
+    return f"{pod} ({address})" if wide else pod
+
+
+def _dialled(row: Row) -> str:
+    """namespace/service (address:port), or the address."""
+    address = endpoint_text(row["dst_ip"], row["dst_port"])
+    return f"{row['dst_namespace']}/{row['dst_service']} ({address})" if row["dst_service"] else address
+
+
+def _backend(row: Row) -> str:
+    """namespace/pod address, with the port where it is another than the one dialled; or address:port.
+
+    A service's endpoints are in its own namespace, which is the only one a row tells of its backend.
+    """
+    if not row["backend_pod"] or row["backend_ip"] is None:
+        return endpoint_text(row["backend_ip"], row["backend_port"])
+    same = row["backend_port"] == row["dst_port"]
+    address = row["backend_ip"] if same else endpoint_text(row["backend_ip"], row["backend_port"])
+    pod = f"{row['dst_namespace']}/{row['backend_pod']}" if row["dst_namespace"] else row["backend_pod"]
+    return f"{pod} {address}"
 
 
 def line(row: Row, wide: bool = False) -> str:
@@ -82,9 +103,11 @@ def line(row: Row, wide: bool = False) -> str:
     event = {(True, True): "=", (True, False): "+", (False, True): "-", (False, False): "~"}[
         row["opened"], row["closed"]
     ]
-    path = _named(row, "src", "src_pod", "src_namespace") + " → " + _named(row, "dst", "dst_service", "dst_namespace")
+    path = f"{_client(row, wide)} → {_dialled(row)}"
     if row["nat"] != "none":
-        path += " ⇒ " + _named(row, "backend", "backend_pod", None)
+        path += f" ⇒ {_backend(row)}"
+    elif row["backend_pod"]:  # dialled itself: there is no service between
+        path += f" ({row['backend_pod']})"
     if row["snat_ip"] is not None:
         path += f" as {endpoint_text(row['snat_ip'], row['snat_port'])}"
     process = f"{row['comm']}[{row['pid']}]" if row["pid"] is not None else "-"

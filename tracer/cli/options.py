@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -102,6 +103,20 @@ def capture_options(command: F) -> F:
                          help="The ring buffer: a power of two; 208 bytes a record."),
             click.option("--cache", metavar="DIR", envvar="VIP_TRACER_CACHE",
                          help="Keep compiled programs in this directory of yours, for a quicker and smaller start."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def names_options(command: F) -> F:
+    """The options of how rows get the names of Kubernetes' objects."""
+    for option in reversed(
+        (
+            click.option("--kubeconfig", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+                         help="Name rows by the API server of this file's current context; in a pod: by its cluster."),
+            click.option("--name-wait", type=duration, default="2s", show_default=True,
+                         help="How long a row waits for its names at the most."),
         )
     ):  # fmt: skip
         command = option(command)

@@ -50,6 +50,14 @@ class Identity(NamedTuple):
     container: str | None
 
 
+class _Life(NamedTuple):
+    """A process that lived from `since` to `noted` at least (CLOCK_BOOTTIME), and whose it was."""
+
+    since: int
+    noted: int
+    identity: Identity | None
+
+
 def parse(path: str) -> Identity | None:
     """What a cgroup path of any hierarchy says of a pod; None if it is no pod's."""
     if len(path) > MAX_PATH:
@@ -77,6 +85,8 @@ class Cgroups:
         self._proc, self._monotonic = proc, monotonic
         # By id: the path and when it stops to hold. Bounded by MAX_KNOWN.
         self._paths: OrderedDict[int, tuple[str | None, float]] = OrderedDict()
+        # By pid, where only living processes tell. Bounded by MAX_KNOWN.
+        self._lives: OrderedDict[int, _Life] = OrderedDict()
         self._refused = False
 
     def close(self) -> None:
@@ -111,8 +121,25 @@ class Cgroups:
         path = self.path(cgroup_id)
         return None if path is None else parse(path)
 
+    def note(self, pid: int) -> None:
+        """Remembers the pod of a process while it lives: rows are named later."""
+        life = self._life(pid)
+        if life is not None:
+            self._lives[pid] = life
+            self._lives.move_to_end(pid)
+            if len(self._lives) > MAX_KNOWN:
+                self._lives.popitem(last=False)
+
     def of_process(self, pid: int, begun_ns: int) -> Identity | None:
-        """The pod of a process that lives and already lived at `begun_ns` of CLOCK_BOOTTIME: pids are reused."""
+        """The pod of a process that lived at `begun_ns` of CLOCK_BOOTTIME, and lives or was noted since.
+
+        A pid is reused: what was noted before `begun_ns`, or began after it, may be another process.
+        """
+        noted = self._lives.get(pid)
+        life = noted if noted is not None and noted.since <= begun_ns <= noted.noted else self._life(pid)
+        return life.identity if life is not None and life.since <= begun_ns else None
+
+    def _life(self, pid: int) -> _Life | None:
         try:
             stat = (self._proc / str(pid) / "stat").read_bytes()
             groups = (self._proc / str(pid) / "cgroup").read_bytes()
@@ -120,10 +147,10 @@ class Cgroups:
             ticks = int(stat.rpartition(b")")[2].split()[19])
         except (OSError, ValueError, IndexError):
             return None
-        if ticks * (10**9 // os.sysconf("SC_CLK_TCK")) > begun_ns:
-            return None
         paths = (line.split(":", 2)[-1] for line in groups.decode("utf-8", errors="replace").splitlines())
-        return next((found for path in paths if (found := parse(path)) is not None), None)
+        identity = next((found for path in paths if (found := parse(path)) is not None), None)
+        noted = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return _Life(ticks * (10**9 // os.sysconf("SC_CLK_TCK")), noted, identity)
 
     def _read(self, cgroup_id: int) -> str | None:
         if self._root is None:

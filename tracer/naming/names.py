@@ -18,6 +18,7 @@ from tracer.naming.cgroups import Cgroups, Identity
 from tracer.naming.distinct import distinct
 from tracer.naming.holders import ServiceName, Who
 from tracer.naming.intervals import FOREVER, Timeline
+from tracer.naming.objects import Key
 from tracer.record import RECORD, Flag, Nat, Role
 
 Mask = npt.NDArray[np.bool_]
@@ -46,12 +47,15 @@ class Names:
     `unnamed` (n,): rows whose destination was rewritten, but whose service or backend is not known (neither pod nor
     node, or more than one may be meant), and rows whose client's cgroup is a pod's that was not heard of. They may
     yet get a name if they are named again later. `ambiguous` (n,): rows where more than one pod or service may be
-    meant, so that none is named.
+    meant, so that none is named. `services` and `pods` (behind backends) are those the rows are about, by namespace
+    and name.
     """
 
     columns: dict[str, Coded]
     unnamed: Mask
     ambiguous: Mask
+    services: set[Key]
+    pods: set[Key]
 
 
 class _Answers:
@@ -72,6 +76,10 @@ class _Answers:
     def rows(self, which: Callable[[Any], bool]) -> Mask:
         """The rows whose answer is so."""
         return np.array([which(answer) for answer in self.found], dtype=bool)[self.codes]
+
+    def keys(self) -> set[Key]:
+        """Namespace and name of all that were found."""
+        return {(each[0], each[1]) for each in self.found if each is not None and each[0] and each[1]}
 
 
 class Namer:
@@ -114,7 +122,19 @@ class Namer:
         columns |= {name: backend.column(i) for i, name in enumerate(fields, start=1)}
         open_ends = service.rows(_not_known) | backend.rows(_not_known)
         ambiguous = source.rows(_ambiguous) | service.rows(_ambiguous) | backend.rows(_ambiguous)
-        return Names(columns, (dnat & open_ends) | unheard, ambiguous)
+        return Names(columns, (dnat & open_ends) | unheard, ambiguous, service.keys(), backend.keys())
+
+    def meet(self, records: np.ndarray) -> None:
+        """Notes whose the processes of these records are: a cgroup, or a process, may be gone when rows are named."""
+        if self._cgroups is None:
+            return
+        rows = np.flatnonzero(_of_processes(records))
+        of_cgroup, number = np.unique(records["cgroup_id"][rows], return_inverse=True)
+        by_process = np.array([self._cgroups.by_process(each) for each in of_cgroup.tolist()], dtype=bool)
+        for cgroup_id in of_cgroup[~by_process].tolist():
+            self._cgroups.path(cgroup_id)
+        for pid in np.unique(records["pid"][rows[by_process[number]]]).tolist():
+            self._cgroups.note(pid)
 
     def _who(self, address: bytes, rest: int) -> Timeline[Who]:
         return self._book.whose(address, rest >> 16, rest & 0xFFFF)
@@ -142,8 +162,7 @@ class Namer:
         Returns the rows of pods that were not heard of (or are gone for long): whoever has the address is not them.
         """
         unheard = np.zeros(len(records), dtype=bool)
-        ours = ((records["flags"] & Flag.PROCESS) != 0) & (records["role"] != Role.SERVER) & (records["cgroup_id"] != 0)
-        rows = np.flatnonzero(ours)
+        rows = np.flatnonzero(_of_processes(records))
         if self._cgroups is None or not len(rows):
             return unheard
         of_cgroup, number = np.unique(records["cgroup_id"][rows], return_inverse=True)
@@ -207,6 +226,12 @@ def _spread(timelines: list[Timeline[Any]], number: npt.NDArray[np.intp], starts
         for column in table.T:
             codes += column[number] <= starts
     return _Answers(found, codes)
+
+
+def _of_processes(records: np.ndarray) -> Mask:
+    """Rows whose cgroup and process are the client's."""
+    known = (records["flags"] & Flag.PROCESS) != 0
+    return np.asarray(known & (records["role"] != Role.SERVER) & (records["cgroup_id"] != 0))
 
 
 def _loopback(records: np.ndarray) -> Mask:

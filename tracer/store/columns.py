@@ -6,7 +6,7 @@ addresses, names and codes become strings.
 """
 
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from tracer.record import (
 )
 from tracer.store.arrays import Valid, booleans, coded, constant, nulls, numbers
 from tracer.store.grouping import group
+from tracer.store.names import Coded, column
 
 _TCP, _UDP = 6, 17
 _UDP_HEADER = 8
@@ -50,8 +51,16 @@ def comm_text(raw: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def table(records: np.ndarray, node: str, clock: WallClock) -> pa.Table:
+def starts(records: np.ndarray, clock: WallClock) -> npt.NDArray[np.int64]:
+    """When each connection began, in ns since the epoch (n,); where that is not known, when its row begins."""
+    began = records["started"]
+    return clock.wall(np.where(began != 0, began, records["ts"] - records["duration_ns"]))
+
+
+def table(records: np.ndarray, node: str, clock: WallClock, names: Mapping[str, Coded] | None = None) -> pa.Table:
     """The rows of n records of `RECORD`, in their order, as a table of ``schema.arrow("connections")``.
+
+    `names` are the columns with names, n values each; null without.
 
     Never raises for any bytes: what the kernel side cannot have written becomes a number's text (role, protocol,
     result) or unknown (nat). `duration_us` is the difference of the interval's two ends in whole microseconds, so
@@ -128,6 +137,7 @@ def table(records: np.ndarray, node: str, clock: WallClock) -> pa.Table:
         "ct_zone": number("ct_zone", conntrack),
         "ct_id": number("ct_id", conntrack),
     }
+    filled |= {name: column(texts) for name, texts in (names or {}).items()}
     nothing = nulls(n)
     arrays = [filled.get(name, nothing) for name in schema_types]
     return pa.Table.from_arrays(arrays, schema=schema.arrow("connections"))

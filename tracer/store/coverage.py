@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from tracer import __version__, schema
-from tracer.store.arrays import booleans, constant, numbers
+from tracer.store.arrays import booleans, constant, nulls, numbers
 
 #: Columns that are levels, not increments.
-GAUGES = ("open_connections", "translations", "directional")
+GAUGES = ("open_connections", "translations", "directional", "names_age_s")
+#: Columns that are words.
+WORDS = ("naming",)
 #: Columns that the agent's totals may fill; those it leaves out are null.
-COUNTED = tuple(column.name for column in schema.COVERAGE if column.nullable and column.name not in GAUGES)
+COUNTED = tuple(column.name for column in schema.COVERAGE if column.nullable and column.name not in GAUGES + WORDS)
 #: Columns that the writer counts itself.
 WRITER = ("emitted", "written", "lost_writer")
 
@@ -54,7 +56,7 @@ class CoverageLog:
         self._first = True
         self._base: dict[str, int] = {}
 
-    def row(self, ts_ns: int, totals: Mapping[str, int], *, last: bool = False) -> pa.Table:
+    def row(self, ts_ns: int, totals: Mapping[str, int], *, naming: str | None = None, last: bool = False) -> pa.Table:
         """The row from the end of the last committed one to `ts_ns`: a table of one row.
 
         `totals` are running totals by column name, and levels for `GAUGES`; other names are ignored. A total that
@@ -62,6 +64,7 @@ class CoverageLog:
         """
         values: dict[str, object] = dataclasses.asdict(self._run)
         values |= {"ts": ts_ns, "started": min(self._started_ns, ts_ns), "first": self._first, "last": last}
+        values["naming"] = naming
         for name in (*COUNTED, *WRITER):
             if name in totals:
                 before = self._base.get(name, 0)
@@ -80,7 +83,7 @@ class CoverageLog:
 def _cell(kind: pa.DataType, value: object) -> pa.Array:
     """An array of one value, or of one null."""
     if kind == schema.DICT:
-        return constant(str(value), 1)
+        return nulls(1) if value is None else constant(str(value), 1)
     if kind == pa.bool_():
         return booleans(np.array([value], dtype=bool))
     width = f"u{kind.bit_width // 8}"

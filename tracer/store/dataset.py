@@ -7,7 +7,7 @@ is in `unpublished`. A disk that fails is not an error of the agent: rows are co
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from tracer import schema
 from tracer.clock import WallClock
-from tracer.store import layout
-from tracer.store.columns import table
+from tracer.store import endpoints, layout
+from tracer.store.columns import starts, table
 from tracer.store.coverage import CoverageLog, Run
+from tracer.store.names import RowNames
 from tracer.store.parquet import UnpublishedFile
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ class Dataset:
         rotate_bytes: int = 64 << 20,
         monotonic: Callable[[], float] = time.monotonic,
         wall_ns: Callable[[], int] = time.time_ns,
+        names: RowNames | None = None,
     ) -> None:
+        """`names` names the rows, and makes the endpoints table; without, there are none of either."""
         self.written = self.lost = self.unpublished = self.files = 0
         self._root, self._run, self._clock = root, run, clock
         self._rotate_s, self._rotate_bytes = rotate_s, rotate_bytes
@@ -70,6 +73,8 @@ class Dataset:
         self._retry_at = 0.0
         self._lost_when_it_failed = 0
         self._coverage = CoverageLog(run, wall_ns())
+        self._names = names
+        self._endpoints_until = wall_ns()
 
     @property
     def seconds_until_due(self) -> float:
@@ -101,6 +106,8 @@ class Dataset:
         whole = True
         for hour in sorted(self._open):
             whole &= self._publish_hour(hour, totals)
+        if self._names is not None:
+            whole &= self._publish_endpoints(self._names, totals, last)
         if self._publish_coverage(totals, last) and whole and self._failing:
             self._failing = False
             lost = self.lost - self._lost_when_it_failed
@@ -116,7 +123,8 @@ class Dataset:
             if hour not in self._open:
                 directory = layout.partition(self._root, "connections", hour)
                 self._open[hour] = _HourFile(directory, self._run, self._next_number())
-            rows = table(records, self._run.node, self._clock)
+            names = self._names.name(records, starts(records, self._clock)) if self._names else None
+            rows = table(records, self._run.node, self._clock, names)
             self._open[hour].write(rows, int(ts.min()), int(ts.max()))
         except (OSError, pa.ArrowException) as error:
             self._fail(error)
@@ -140,23 +148,52 @@ class Dataset:
         self.files += 1
         return True
 
+    def _publish_endpoints(self, names: RowNames, totals: Mapping[str, int], last: bool) -> bool:
+        """The endpoints since the last time, hour by hour; up to now less what may yet be heard of the past."""
+        until = self._wall_ns() - (0 if last else round(names.hold_s() * 1e9))
+        while self._endpoints_until < until:
+            hour = self._endpoints_until // layout.HOUR_NS
+            end = min(until, (hour + 1) * layout.HOUR_NS)
+            parts = names.endpoints(self._endpoints_until, end)
+            tables = (endpoints.table(columns, self._run.node, self._run.run_id) for columns in parts)
+            # A row that ends with the hour belongs to it: the next one begins there.
+            if not self._publish_whole("endpoints", hour, self._endpoints_until, tables, totals):
+                return False
+            self._endpoints_until = end
+        return True
+
     def _publish_coverage(self, totals: Mapping[str, int], last: bool) -> bool:
         now = self._wall_ns()
         totals = dict(totals) | self._own_totals(totals)
-        directory = layout.partition(self._root, "coverage", now // layout.HOUR_NS)
+        naming = self._names.state() if self._names else "off"
+        if self._names:
+            totals |= self._names.totals()
+        rows = self._coverage.row(now, totals, naming=naming, last=last)
+        if not self._publish_whole("coverage", now // layout.HOUR_NS, now, [rows], totals):
+            return False
+        self._coverage.commit(now, totals)
+        return True
+
+    def _publish_whole(
+        self, kind: str, hour: int, start: int, parts: Iterable[pa.Table], totals: Mapping[str, int]
+    ) -> bool:
+        """Publishes a file of these row groups, if there are any; false if that failed, which is then said."""
         file, number = None, self._next_number()
         try:
-            name = layout.unpublished_name(self._run.node, self._run.run_id, number)
-            file = UnpublishedFile(directory, name, schema.arrow("coverage"))
-            file.write(self._coverage.row(now, totals, last=last))
-            name = layout.published_name(self._run.node, now, self._run.run_id, number)
-            file.publish(name, self._metadata("coverage", totals))
+            directory = layout.partition(self._root, kind, hour)
+            for part in parts:
+                if file is None:
+                    name = layout.unpublished_name(self._run.node, self._run.run_id, number)
+                    file = UnpublishedFile(directory, name, part.schema)
+                file.write(part)
+            if file is not None:
+                name = layout.published_name(self._run.node, start, self._run.run_id, number)
+                file.publish(name, self._metadata(kind, totals))
         except (OSError, pa.ArrowException) as error:
             self._fail(error)
             if file:
                 file.discard()
             return False
-        self._coverage.commit(now, totals)
         return True
 
     def _metadata(self, kind: str, totals: Mapping[str, int]) -> dict[str, str]:

@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from tracer.record import RECORD
 from tracer.store import layout
 from tracer.store.coverage import Run
 from tracer.store.dataset import Dataset
+from tracer.store.gather import Gather
+from tracer.store.names import RowNames
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,12 @@ _log = logging.getLogger(__name__)
 GROUP_ROWS = 16_384
 #: Bound of what waits for the thread, in bytes of raw records: four seconds at 20,000 rows a second.
 PENDING_BYTES = 16 << 20
+#: Share of that bound that may be held back for names; beyond, the oldest goes out as it is.
+HELD = 0.6
+#: The longest that rows are held back for names once the writer is closing.
+CLOSING_S = 2.0
+#: How often whoever names the rows is called, at least.
+HEAR_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +50,15 @@ class Counts:
     def unpublished(self) -> int:
         """Rows that are neither in a published file nor lost: those queued and those in unpublished files."""
         return self.emitted - self.written - self.lost
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Asked:
+    """A publication that is to be made of all that was put until `at` (monotonic seconds)."""
+
+    at: float
+    closing: bool
+    flushes: int
 
 
 def _nothing() -> Mapping[str, int]:
@@ -69,10 +85,11 @@ class DatasetWriter:
         pending_bytes: int = PENDING_BYTES,
         monotonic: Callable[[], float] = time.monotonic,
         wall_ns: Callable[[], int] = time.time_ns,
+        names: RowNames | None = None,
     ) -> None:
         """Locks the directory and removes this node's unpublished files. Raises TracerError if it cannot."""
         self.pending_rows = max(1, pending_bytes // RECORD.itemsize)
-        self._counters, self._group_rows = counters, group_rows
+        self._counters, self._monotonic, self._names = counters, monotonic, names
         self._lock = layout.Lock(root, run.node)
         try:
             stale = layout.remove_stale(root, run.node)
@@ -82,17 +99,22 @@ class DatasetWriter:
         if stale:
             _log.warning("removed %d unpublished files of an earlier run that did not end well", len(stale))
         self._dataset = Dataset(
-            root, run, clock, rotate_s=rotate_s, rotate_bytes=rotate_bytes, monotonic=monotonic, wall_ns=wall_ns
+            root,
+            run,
+            clock,
+            rotate_s=rotate_s,
+            rotate_bytes=rotate_bytes,
+            monotonic=monotonic,
+            wall_ns=wall_ns,
+            names=names,
         )
         self._changed = threading.Condition()
         # Everything below is guarded by `_changed`; the dataset belongs to the thread alone.
-        self._groups: deque[np.ndarray] = deque()
-        self._spare: np.ndarray | None = None
-        self._filling = np.empty(group_rows, dtype=RECORD)
-        self._filled = 0
+        self._gather = Gather(group_rows)
         self._counts = Counts()
         self._refused = 0
         self._flushes = self._flushed = 0
+        self._asked: _Asked | None = None
         self._closing = self._done = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="vip-tracer-writer", daemon=True)
@@ -112,7 +134,9 @@ class DatasetWriter:
                 queued=before.queued + (count if taken else 0),
             )
             if taken:
-                self._gather(records)
+                self._gather.put(records, self._monotonic())
+                if self._gather.oldest is not None:
+                    self._changed.notify_all()
             return taken
 
     def snapshot(self) -> Counts:
@@ -146,22 +170,6 @@ class DatasetWriter:
         if self._error is not None:
             raise TracerError(f"the writer stopped: {self._error!r}; this is a defect, please report it")
 
-    def _gather(self, records: np.ndarray) -> None:
-        while len(records):
-            room = self._group_rows - self._filled
-            part, records = records[:room], records[room:]
-            self._filling[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            if self._filled == self._group_rows:
-                self._groups.append(self._filling)
-                self._begin_group()
-                self._changed.notify_all()
-
-    def _begin_group(self) -> None:
-        # A used buffer is taken again: its pages are already there.
-        self._filling = self._spare if self._spare is not None else np.empty(self._group_rows, dtype=RECORD)
-        self._spare, self._filled = None, 0
-
     def _run(self) -> None:
         try:
             while self._step():
@@ -176,34 +184,70 @@ class DatasetWriter:
 
     def _step(self) -> bool:
         """Waits for something to do, and does it; False once everything is done and the writer is closing."""
+        hold = self._hear()
         with self._changed:
-            self._changed.wait_for(self._is_work, timeout=max(0.0, self._dataset.seconds_until_due))
-            closing, flushes = self._closing, self._flushes
-            publish = closing or flushes > self._flushed or self._dataset.seconds_until_due <= 0
-            groups = [self._groups.popleft()] if self._groups else []
-            if publish:
-                groups += self._groups
-                self._groups.clear()
-                groups.append(self._filling[: self._filled])
-                self._begin_group()
-        for group in groups:
+            self._changed.wait_for(lambda: self._is_work(hold), timeout=self._pause(hold))
+            self._ask()
+            group = self._gather.take() if self._is_due(hold) else None
+            asked = self._asked
+            publish = asked is not None and group is None and not self._is_waited_for(asked)
+        if group is not None:
             self._dataset.write(group)
             self._account(len(group))
-        with self._changed:
-            if groups and len(groups[0]) == self._group_rows:
-                self._spare = groups[0]
-        groups.clear()
-        if publish or self._dataset.seconds_until_due <= 0:
-            self._dataset.publish(self._totals(), last=closing)
+            with self._changed:
+                self._gather.give_back(group)
+        if publish and asked is not None:
+            self._dataset.publish(self._totals(), last=asked.closing)
             self._account(0)
-        with self._changed:
-            self._flushed = max(self._flushed, flushes)
-            self._done = closing
-            self._changed.notify_all()
-        return not closing
+            with self._changed:
+                self._asked = None
+                self._flushed = max(self._flushed, asked.flushes)
+                self._done = asked.closing
+                self._changed.notify_all()
+        return not self._done
 
-    def _is_work(self) -> bool:
-        return bool(self._groups) or self._closing or self._flushes > self._flushed
+    def _hear(self) -> float:
+        """Lets whoever names the rows take over what is new; returns for how long rows are held back."""
+        if self._names is None:
+            return 0.0
+        with self._changed:
+            fresh = self._gather.unmet()
+        for records in fresh:
+            self._names.meet(records)
+        self._names.hear()
+        hold = self._names.hold_s()
+        return min(hold, CLOSING_S) if self._closing else hold
+
+    def _ask(self) -> None:
+        """Notes that everything put so far is to be published, if it is time."""
+        due = self._closing or self._flushes > self._flushed or self._dataset.seconds_until_due <= 0
+        if due and self._asked is None:
+            now = self._monotonic()
+            self._gather.seal(now)
+            self._asked = _Asked(now, self._closing, self._flushes)
+
+    def _is_due(self, hold: float) -> bool:
+        """Whether the oldest group may be written: it was held long enough, or there is no room to hold it."""
+        oldest = self._gather.oldest
+        crowded = self._counts.queued > HELD * self.pending_rows
+        return oldest is not None and (crowded or self._monotonic() >= oldest + hold)
+
+    def _is_waited_for(self, asked: _Asked) -> bool:
+        return self._gather.oldest is not None and self._gather.oldest <= asked.at
+
+    def _is_work(self, hold: float) -> bool:
+        if self._asked is None and (self._closing or self._flushes > self._flushed):
+            return True
+        return self._is_due(hold) or (self._asked is not None and not self._is_waited_for(self._asked))
+
+    def _pause(self, hold: float) -> float:
+        """How long nothing will be to do, if nobody calls."""
+        pauses = [HEAR_S] if self._names is not None else []
+        if self._gather.oldest is not None:
+            pauses.append(self._gather.oldest + hold - self._monotonic())
+        if self._asked is None:
+            pauses.append(self._dataset.seconds_until_due)
+        return max(0.0, min(pauses, default=0.0))
 
     def _totals(self) -> dict[str, int]:
         try:
