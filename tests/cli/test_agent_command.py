@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cli_world import Talk, command, environment, namespaces, run, sentence
+from command_world import Talk, command, environment, namespaces, run, sentence
 
 from tracer.lab.cluster import Cluster
 from tracer.lab.netns import wait_until

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 import pytest
-from cli_world import HOSTILE, ROOT, environment, run, sentence
 from click.testing import CliRunner
+from command_world import HOSTILE, ROOT, environment, run, sentence
 from privilege import nobody
 
 from tracer import schema

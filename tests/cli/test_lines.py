@@ -5,7 +5,7 @@ import io
 import json
 
 import pytest
-from cli_world import EPOCH, HOSTILE, named, rows
+from command_world import EPOCH, HOSTILE, named, rows
 from hypothesis import given
 from hypothesis import strategies as st
 

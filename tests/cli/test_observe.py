@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cli_world import HOSTILE, Talk, command, dataset, environment, named, namespaces, rows, run, sentence
 from click.testing import CliRunner
+from command_world import HOSTILE, Talk, command, dataset, environment, named, namespaces, rows, run, sentence
 
 from tracer.cli import main
 from tracer.lab.cluster import Cluster

@@ -19,7 +19,7 @@ from tracer.record import RECORD, Flag, Nat, NatSource
 from tracer.store import layout
 from tracer.store.columns import table
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 #: 2026-07-31T11:59:00Z
 EPOCH = 1_785_499_140 * 10**9
 #: Escape sequences, a C1 control, line breaks, a bidi override, quotes, and what csv and shells treat specially.
