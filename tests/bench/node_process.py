@@ -1,18 +1,24 @@
 """What the node process costs in user space: time to ready, resident memory while it writes, CPU per row.
 
 How: the real agent on a cluster of namespaces, clients that connect as fast as they can, /proc of the agent before and
-after. Run it as root: python -m tests.bench.node_process [--connections N]
+after. With --services beside an API server that tells of so many, of ten endpoints each.
+Run it as root: python -m tests.bench.node_process [--connections N] [--services N]
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from tests import kube_lab
+from tests.bench import naming
+from tests.kube_api import KubeApi, serving
 from tracer.kernel.maps import Sizes
 from tracer.lab.cluster import Cluster
 
@@ -30,16 +36,40 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@contextlib.contextmanager
+def api_server(cluster: Cluster, services: int, directory: str) -> Iterator[list[str]]:
+    """An API server that knows the cluster and so many services more; yields the agent's options for it."""
+    if not services:
+        yield []
+        return
+    with serving(bookmark_s=30.0) as api:
+        fill(api, cluster, services)
+        yield ["--kubeconfig", str(api.kubeconfig(Path(directory, "kubeconfig")))]
+
+
+def fill(api: KubeApi, cluster: Cluster, services: int) -> None:
+    for kind, objects in kube_lab.objects(cluster).items():
+        api.set(kind, *objects)
+    api.set("services", *map(naming.service, range(services)))
+    api.set("endpointslices", *naming.slices(services, 10 * services))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--connections", type=int, default=40_000)
+    parser.add_argument("--services", type=int, default=0)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory, Cluster(backends=6, clients=2) as cluster:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Cluster(backends=6, clients=2) as cluster,
+        api_server(cluster, arguments.services, directory) as names,
+    ):
         ready = Path(directory) / "ready"
         pods = [pod.netns.path for pod in (*cluster.client_pods, *cluster.backend_pods)]
         command = [sys.executable, "-m", "tracer", "agent", "--output", f"{directory}/data", "--node", "node-1"]
         command += ["--netns", cluster.node.path, "--ready-file", str(ready), "--rotate", "2s"]
         command += [part for path in (cluster.node.path, *pods) for part in ("--only-netns", path)]
+        command += names
         began = time.monotonic()
         agent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while not ready.exists():
@@ -61,6 +91,7 @@ def main() -> None:
         agent.wait()
         size = sum(path.stat().st_size for path in Path(directory, "data", "connections").rglob("*.parquet"))
     print(f"Linux {os.uname().release}, {os.cpu_count()} CPUs; {arguments.connections} connections in {took:.1f} s")
+    print(f"  services told of          {arguments.services:6d}")
     print(f"  exec to ready             {to_ready:6.2f} s")
     print(f"  resident when ready       {idle / 1e6:6.1f} MB")
     print(f"  resident while writing    {resident / 1e6:6.1f} MB (peak {peak / 1e6:.1f} MB)")

@@ -2,6 +2,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -197,6 +198,31 @@ def test_a_v1_process_that_lived_when_it_connected(tmp_path: Path) -> None:
     assert found.of_process(70, began) == Identity(UID, CID)
     assert found.of_process(70, began - 1) is None, "another process with the same pid"
     assert found.of_process(71, began) is None
+
+
+def test_a_process_that_was_noted_is_known_after_its_end(tmp_path: Path) -> None:
+    found = _proc(tmp_path, STAT, V1)
+    began = 5000 * 10**9 // os.sysconf("SC_CLK_TCK")
+    found.note(70)
+    noted = _boot_ns()
+    shutil.rmtree(tmp_path / "70")
+    assert found.of_process(70, began + 1) == Identity(UID, CID)
+    assert found.of_process(70, began - 1) is None, "a process before it had the pid"
+    assert found.of_process(70, noted + 1) is None, "another may have the pid since"
+    found.note(70)
+    assert found.of_process(70, began + 1) == Identity(UID, CID), "what is gone takes nothing with it"
+
+
+def test_only_so_many_processes_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "MAX_KNOWN", 2)
+    found = _proc(tmp_path, STAT, V1)
+    for pid in (71, 72):
+        shutil.copytree(tmp_path / "70", tmp_path / str(pid))
+    for pid in (70, 71, 70, 72):
+        found.note(pid)
+    shutil.rmtree(tmp_path)
+    began = 5000 * 10**9 // os.sysconf("SC_CLK_TCK")
+    assert [found.of_process(pid, began) is not None for pid in (70, 71, 72)] == [True, False, True]
 
 
 @pytest.mark.parametrize("stat", ["", "70 (x) S 0\n", "70 (x) S " + "0 " * 18 + "x\n"])

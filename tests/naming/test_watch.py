@@ -1,19 +1,27 @@
 """One list and one watch per kind, whatever the server does in between; nothing missed, nothing asked too often."""
 
+import contextlib
+import json
+import queue
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kube_api import KubeApi, body, lines, refuse, serving, slow
 from naming_world import SAMPLES, sample
 
 from tracer.errors import UsageError
 from tracer.naming import api as requests
 from tracer.naming import watch as watching
+from tracer.naming.api import ApiError
 from tracer.naming.book import Book
 from tracer.naming.objects import KINDS
 from tracer.naming.watch import Watches
@@ -187,6 +195,63 @@ def test_garbage_again_and_again_leads_to_a_new_list(server, hear) -> None:
     heard.until(lambda: heard.watches.state()["services"].lists == 3)
     server.set("services", new("services", "later"))
     heard.until(lambda: names(heard, "services") == truth(server, "services"))
+
+
+#: JSON of any kind, and such as nearly is an event.
+_ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+_OBJECT = st.fixed_dictionaries(
+    {},
+    optional={
+        "metadata": st.fixed_dictionaries(
+            {}, optional={"name": _ANY | st.just("a"), "namespace": _ANY, "resourceVersion": _ANY, "uid": _ANY}
+        )
+        | _ANY,
+        "spec": _ANY,
+        "status": _ANY,
+        "code": _ANY,
+        "endpoints": _ANY,
+    },
+)
+_EVENT = st.fixed_dictionaries(
+    {}, optional={"type": st.sampled_from([*watching._WHAT, "BOOKMARK", "X"]) | _ANY, "object": _OBJECT | _ANY}
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(KINDS),
+    st.lists(st.binary(max_size=60) | (_EVENT | _ANY).map(json.dumps).map(str.encode), max_size=5),
+)
+def test_any_line_is_an_event_or_counted(kind, texts) -> None:
+    """Straight to the one who reads lines: what is no event ends the watch with a sentence, and nothing else does."""
+    heard: queue.Queue = queue.Queue()
+    follower = watching._Follower(kind, None, heard, threading.Event(), {})
+    for text in texts:
+        with contextlib.suppress(ApiError):
+            follower._line(text)
+    state = follower.state
+    assert state.malformed + state.events <= len(texts)
+    assert heard.qsize() == state.events
+    book = Book()
+    book.apply([heard.get_nowait() for _ in range(heard.qsize())])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.binary(max_size=80)
+    | _ANY.map(json.dumps).map(str.encode)
+    | st.fixed_dictionaries({"items": _ANY, "metadata": _ANY}).map(json.dumps).map(str.encode)
+)
+def test_any_body_is_a_page_or_an_error(raw) -> None:
+    try:
+        page = msgspec.json.decode(raw, type=requests.Page)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return
+    assert page.items is None or all(isinstance(item, msgspec.Raw) for item in page.items)
 
 
 def test_a_line_in_pieces_and_one_that_breaks_off(server, hear) -> None:
