@@ -120,13 +120,13 @@ def test_a_snapshot_names_without_a_server(tmp_path: Path, config: Path, server:
     assert read(path) == [NAMED | HERE, NAMED | THERE] * 2
 
 
-def test_names_of_any_characters_are_kept_as_they_are(tmp_path: Path, config: Path, server: KubeApi) -> None:
+def test_what_drives_a_terminal_is_spelled_out_in_names(tmp_path: Path, config: Path, server: KubeApi) -> None:
     owner = "evil\x1b[31m\u202e, \"'\n"
     server.set("pods", pod("client", CLIENT, "node-1", f"Job/{owner}"))
     (path,) = dataset(tmp_path / "data", rows(1))
     done = run("name", tmp_path / "data", "--kubeconfig", config)
     assert done.returncode == 0, done.stderr
-    assert read(path)[0]["src_workload"] == f"job/{owner}"
+    assert read(path)[0]["src_workload"] == "job/evil\\x1b[31m\\u202e, \"'\\n"
 
 
 def test_what_cannot_be_done_is_a_sentence(tmp_path: Path, config: Path, server: KubeApi) -> None:

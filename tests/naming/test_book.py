@@ -392,3 +392,12 @@ def test_no_connection_to_another_nodes_pod_has_a_wrong_name(turns: list[tuple[i
             assert name_of(known, OTHER_IP, moment) in (name, None, "?")
     if len(turns) == 1:
         assert name_of(known, OTHER_IP, truth[0][1] - 11 * TENTH) == "p0"
+
+
+def test_between_two_endpoints_of_one_address_it_is_nobodys() -> None:
+    """The rules of a node may lead to the first for a while after it was heard to be gone."""
+    known = book(Heard("endpointslices", "set", slice_("s", endpoint(OTHER_IP, "web-1")), NOON))
+    known.apply([Heard("endpointslices", "set", slice_("s"), NOON + 10 * SECOND)])
+    known.apply([Heard("endpointslices", "set", slice_("s", endpoint(OTHER_IP, "web-2")), NOON + 12 * SECOND)])
+    found = [name_of(known, OTHER_IP, NOON + s * SECOND) for s in (8, 10, 11, 12)]
+    assert found == ["web-1", None, None, "web-2"]

@@ -7,9 +7,10 @@ When somebody's time begins and ends:
 - A pod of this node has its first addresses from its status.startTime on, or when heard, until it is heard to be
   deleted or finished. If two have one address, the first has lost it when the second is heard to have it, provided
   that the first was being deleted; otherwise both have it, and neither is named.
-- An endpoint has its address from a little before it is heard (`EARLY_NS`), unless somebody else was heard to have it
-  then, until a moment before it is heard to be gone (`LAG_NS`), which is nobody's. If a list shows that an address
-  went from one pod to another, nobody knows when: all the time since something was heard before is nobody's.
+- An endpoint has its address from a little before it is heard (`EARLY_NS`), or if somebody else was heard to have it
+  then, from when it is heard, until a moment before it is heard to be gone (`LAG_NS`), which is nobody's. If a list
+  shows that an address went from one pod to another, nobody knows when: all the time since something was heard before
+  is nobody's.
 - Services and nodes begin with their creationTimestamp; what is added to them later, a little before it is heard.
 """
 
@@ -281,7 +282,8 @@ class Book:
             if not claim.other_than(self.pod(value.uid) if isinstance(value, Local) else value):
                 continue
             if held.end != FOREVER:
-                begin = max(begin, held.end)
+                # Rules may lead to the one before for a while after its end was heard, and it may still answer.
+                begin = at_ns if held.end > begin else begin
             elif isinstance(value, Claim):
                 begin = max(begin, at_ns - LAG_NS)
             elif self._leaving(value.uid):
