@@ -9,14 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-import pyarrow as pa
-
 from tracer.analysis import cause
 from tracer.analysis.causes.situation import Situation
-from tracer.analysis.causes.tables import of_tables
 
 from . import agents, cases
+from .counted import all_of, of_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ def verdict(situation: Situation) -> tuple[str, str]:
 
 def judge(case: cases.Case) -> Judged:
     """What is said of one case."""
-    said, first = verdict(of_tables(case.tables, "web", *case.port, namespace="shop"))
+    said, first = verdict(of_tables(case.tables, "shop/web"))
     return Judged(case.truth, case.variant, case.strength, said, first)
 
 
@@ -67,22 +64,10 @@ def troubled(seeds: Iterable[int], strengths: Iterable[str]) -> list[Judged]:
     ]
 
 
-def _by_service(table: pa.Table) -> dict[str, pa.Table]:
-    names = np.asarray(table["dst_service"].combine_chunks().dictionary_decode())
-    order = np.argsort(names, kind="stable")
-    table, names = table.take(pa.array(order)), names[order]
-    begins = np.flatnonzero(np.concatenate(([True], names[1:] != names[:-1])))
-    ends = [*begins[1:], len(names)]
-    return {str(names[i]): table.slice(i, j - i) for i, j in zip(begins, ends, strict=True)}
-
-
 def small_services(seed: int, services: int) -> Iterator[str]:
     """Verdicts on many small balanced services of one cluster."""
-    tables = agents.tables(cases.many_balanced(seed, services))
-    endpoints = _by_service(tables["endpoints"])
-    for name, rows in _by_service(tables["connections"]).items():
-        own = tables | {"connections": rows, "endpoints": endpoints[name]}
-        yield verdict(of_tables(own, name, 80, namespace="shop"))[0]
+    for _, situation in all_of(agents.tables(cases.many_balanced(seed, services))):
+        yield verdict(situation)[0]
 
 
 def table(judged: list[Judged]) -> str:

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from analysis import agents, cases, habits, traffic, troubles
+from analysis.counted import of_tables
 from analysis.troubles import STRENGTH, Build
 from analysis.world import World
 from hypothesis import given, settings
@@ -15,8 +16,6 @@ from tracer.analysis import cause
 from tracer.analysis.causes import clients, explain, membership, missing, rounding
 from tracer.analysis.causes.hypothesis import Hypothesis
 from tracer.analysis.causes.situation import COUNTS, FAILURES, KEYS, MEASURES, Situation
-from tracer.analysis.causes.tables import of_tables
-from tracer.errors import NoDataError
 
 
 def situation(cells: list[dict[str, object]], n_backends: int = 3, **more: object) -> Situation:
@@ -41,7 +40,7 @@ def situation(cells: list[dict[str, object]], n_backends: int = 3, **more: objec
 def found(build: Build, name: str, strength: str = "strong", seed: int = 11) -> tuple[Hypothesis, cases.Case]:
     """The hypothesis of that name about a troubled service; it must come first."""
     case = cases.troubled(build, name, strength, seed)
-    known = of_tables(case.tables, "web", *case.port, namespace="shop")
+    known = of_tables(case.tables, "shop/web")
     first = cause.hypotheses(known, cause.skewed(known)[0])[0]
     assert first.name == name
     return first, case
@@ -160,7 +159,7 @@ def test_rounding_is_blamed_for_no_more_than_it_can_do() -> None:
 
 def test_no_cause_is_an_answer() -> None:
     case = cases.troubled(troubles.unfair, cases.UNEXPLAINED, "strong", 4)
-    known = of_tables(case.tables, "web", *case.port, namespace="shop")
+    known = of_tables(case.tables, "shop/web")
     measures, beyond = cause.skewed(known)
     assert beyond
     assert cause.hypotheses(known, measures) == []
@@ -169,15 +168,9 @@ def test_no_cause_is_an_answer() -> None:
 def test_a_service_without_names_is_known_by_its_address() -> None:
     world = World(11)
     habits.heavy_client(world, STRENGTH["strong"])
-    known = of_tables(agents.tables(world, named=False), world.services[0].virtual_ip, 80)
+    known = of_tables(agents.tables(world, named=False), world.services[0].virtual_ip)
     assert known.client_column == "src_ip"
     assert cause.hypotheses(known, cause.skewed(known)[0])[0].name == "few-clients"
-
-
-def test_a_service_nobody_dialled_has_no_data() -> None:
-    case = cases.balanced_case(0)
-    with pytest.raises(NoDataError, match="nobody"):
-        of_tables(case.tables, "nobody", 80, namespace="shop")
 
 
 # -- evidence --------------------------------------------------------------------------------------------------------
@@ -258,7 +251,7 @@ def test_cells_add_up_to_the_rows() -> None:
     dials.fail(np.arange(20), "refused", 0.001)
     world.dial(service, world.pods("client", 3), dials)
     tables = agents.tables(world)
-    known = of_tables(tables, "web", 80, namespace="shop")
+    known = of_tables(tables, "shop/web")
     rows = tables["connections"].to_pandas()
     assert known.load("connections").sum() == rows["opened"].sum()
     assert known.load("connection_time").sum() == rows["duration_us"].sum()
