@@ -76,6 +76,7 @@ def test_rows_have_the_names_of_their_pods_and_services(
     cluster.settle()
     right = backends_of(cluster)
     running.stop()
+    assert "HTTP Request" not in running.said
     table = rows(running.output)
     assert len(table) == 203
     assert losses(running.output) == 0

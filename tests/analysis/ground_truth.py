@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from tracer.analysis import cause
-from tracer.analysis.causes.situation import Situation
+from tracer.analysis import verdict as verdicts
+from tracer.analysis.causes.situation import MEASURES, Situation
 
 from . import agents, cases
 from .counted import all_of, of_tables
@@ -38,13 +39,14 @@ class Judged:
 
 
 def verdict(situation: Situation) -> tuple[str, str]:
-    """The verdict on a situation, and the name of the first cause."""
-    measures, beyond = cause.skewed(situation)
-    if not measures:
-        return cases.BALANCED, cases.UNEXPLAINED
-    found = cause.hypotheses(situation, measures)
-    first = found[0].name if found else cases.UNEXPLAINED
-    return "uneven" if beyond and first != "loss" else "inconclusive", first
+    """The verdict on a situation by itself, and the name of the first cause."""
+    tests = [test for measure in MEASURES if (test := verdicts.test_of(situation, measure)) is not None]
+    return _with_cause(situation, verdicts.verdict(situation, verdicts.discoveries(tests)))
+
+
+def _with_cause(situation: Situation, said: verdicts.Verdict) -> tuple[str, str]:
+    found = cause.hypotheses(situation, said.measures) if said.measures else []
+    return said.word, found[0].name if found else cases.UNEXPLAINED
 
 
 def judge(case: cases.Case) -> Judged:
@@ -66,8 +68,13 @@ def troubled(seeds: Iterable[int], strengths: Iterable[str]) -> list[Judged]:
 
 def small_services(seed: int, services: int) -> Iterator[str]:
     """Verdicts on many small balanced services of one cluster."""
-    for _, situation in all_of(agents.tables(cases.many_balanced(seed, services))):
-        yield verdict(situation)[0]
+    known = [situation for _, situation in all_of(agents.tables(cases.many_balanced(seed, services)))]
+    tests = [verdicts.test_of(situation, measure) for situation in known for measure in MEASURES]
+    found = verdicts.discoveries([test for test in tests if test is not None])
+    for place, situation in enumerate(known):
+        own = sum(test is not None for test in tests[3 * place : 3 * place + 3])
+        yield verdicts.verdict(situation, found[:own]).word
+        found = found[own:]
 
 
 def table(judged: list[Judged]) -> str:

@@ -119,6 +119,11 @@ def of_table(table: pa.Table, bins: Bins) -> Partial:
     return _reduced(bins, routes, sources, keys, counts, lambda name: counts[name]())
 
 
+def nothing(bins: Bins) -> Partial:
+    """No cells."""
+    return Partial(bins, [], [], np.zeros(0, dtype=np.int64), {})
+
+
 def merged(parts: Sequence[Partial]) -> Partial:
     """One of several with the same bins; the same, to the last digit, in whatever order they come."""
     if not parts:

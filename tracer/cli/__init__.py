@@ -19,6 +19,7 @@ from tracer.cli.doctor import doctor
 from tracer.cli.lines import printable
 from tracer.cli.name import name
 from tracer.cli.observe import observe
+from tracer.cli.report import report
 from tracer.cli.schema import schema
 from tracer.errors import NoDataError, TracerError, UsageError
 
@@ -66,5 +67,5 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 
-for command in (agent, observe, doctor, demo, schema, name):
+for command in (agent, observe, doctor, demo, schema, name, report):
     main.add_command(command)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,18 @@ def duration(text: str) -> float:
     if not 0.1 <= seconds <= 1e7:
         raise click.BadParameter(f"{text!r} is out of range: from 100ms to 2777h.")
     return seconds
+
+
+def moment(text: str) -> int:
+    """Nanoseconds since the epoch, from an ISO 8601 time; without a zone it is UTC."""
+    try:
+        when = datetime.fromisoformat(str(text).strip())
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no time: write it as 2026-07-31T11:59:00Z, in UTC.") from error
+    if not 1970 <= when.year < 2262:
+        raise click.BadParameter(f"{text!r} is out of range: from 1970 to 2261.")
+    whole = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return (whole - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) * 1000
 
 
 def size(text: str) -> int:

@@ -7,6 +7,7 @@ Knows paths, status codes and how answers are framed; when to ask is `watch`'s.
 
 import contextlib
 import email.utils
+import logging
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,10 @@ from lightkube.core.exceptions import ConfigError
 
 from tracer import __version__
 from tracer.errors import TracerError, UsageError
+
+# The library says every request at the level at which the tracer says what operators want to read.
+for _name in ("httpx2", "httpcore2", "httpx", "httpcore"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 #: Where each kind of `objects.KINDS` is.
 PATHS = {

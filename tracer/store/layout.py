@@ -52,6 +52,13 @@ def partition(root: Path, table: str, hour: int) -> Path:
     return root / table / f"v{SCHEMA_VERSION}" / f"date={when:%Y-%m-%d}" / f"hour={when:%H}"
 
 
+def hour_of(path: Path) -> int:
+    """The hour, since the epoch, of a file's partition."""
+    date, hour = (part.partition("=")[2] for part in path.parts[-3:-1])
+    when = datetime.datetime.strptime(f"{date} {hour}", "%Y-%m-%d %H").replace(tzinfo=datetime.UTC)
+    return int(when.timestamp()) // 3600
+
+
 def published_name(node: str, start_ns: int, run_id: str, number: int) -> str:
     """Name of a published file: node, earliest `ts`, and what makes it unique."""
     return f"{safe_node(node)}-{_utc(start_ns):%Y%m%dT%H%M%S.%f}Z-{run_id}.{number}.parquet"

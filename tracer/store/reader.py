@@ -4,6 +4,7 @@ Hidden names (unpublished files, locks) are not seen. Columns go by name: what a
 what an older one lacked is null.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,7 +42,52 @@ def batches(path: Path, table: str = "connections", columns: Sequence[str] | Non
 
     Raises TracerError if the file cannot be read or lacks a column that is never null.
     """
-    wanted = [field for field in schema.arrow(table) if columns is None or field.name in columns]
+    wanted = _wanted(table, columns)
+    with _opened(path, table, wanted) as (file, present):
+        for batch in file.iter_batches(columns=present):
+            yield _shaped(batch, wanted)
+
+
+def tables(
+    path: Path, table: str = "connections", columns: Sequence[str] | None = None, most_rows: int = 1 << 19
+) -> Iterator[pa.Table]:
+    """As `batches`, in large parts: row groups together that have up to so many rows, and one dictionary a column."""
+    wanted = _wanted(table, columns)
+    with _opened(path, table, wanted) as (file, present):
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        for groups in _runs(sizes, most_rows):
+            read = file.read_row_groups(groups, columns=present, use_threads=False).unify_dictionaries()
+            parts = [_shaped(batch, wanted) for batch in read.combine_chunks().to_batches()]
+            yield pa.Table.from_batches(parts, schema=pa.schema(wanted))
+
+
+def span(root: Path, table: str = "connections") -> tuple[int, int]:
+    """Begin and end of the hours that a table has files of, in ns since the epoch. Raises NoDataError."""
+    hours = [layout.hour_of(path) for path in files(root, table)]
+    return min(hours) * layout.HOUR_NS, (max(hours) + 1) * layout.HOUR_NS
+
+
+def _wanted(table: str, columns: Sequence[str] | None) -> list[pa.Field]:
+    return [field for field in schema.arrow(table) if columns is None or field.name in columns]
+
+
+def _runs(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers of consecutive groups whose sizes add up to `most` at the most, or of one that is larger."""
+    run: list[int] = []
+    total = 0
+    for number, size in enumerate(sizes):
+        if run and total + size > most:
+            yield run
+            run, total = [], 0
+        run.append(number)
+        total += size
+    if run:
+        yield run
+
+
+@contextlib.contextmanager
+def _opened(path: Path, table: str, wanted: list[pa.Field]) -> Iterator[tuple[pq.ParquetFile, list[str]]]:
+    """The file, and which of the wanted columns it has."""
     coded = [field.name for field in wanted if field.type == schema.DICT]
     try:
         footer = pq.read_metadata(path)
@@ -53,8 +99,7 @@ def batches(path: Path, table: str = "connections", columns: Sequence[str] | Non
                     f"{path} lacks the columns {', '.join(missing)}; it is not a {table} file of this version or a "
                     "later one: move it out of the dataset"
                 )
-            for batch in file.iter_batches(columns=[field.name for field in wanted if field.name in present]):
-                yield _shaped(batch, wanted)
+            yield file, [field.name for field in wanted if field.name in present]
     except (OSError, pa.ArrowException) as error:
         raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
 

@@ -1,0 +1,24 @@
+"""Situations written down by hand."""
+
+import pandas as pd
+
+from tracer.analysis.causes.situation import COUNTS, KEYS, Situation
+
+
+def situation(cells: list[dict[str, object]], n_backends: int = 3, **more: object) -> Situation:
+    """A situation of the given cells; what a cell leaves out is nothing."""
+    rows = [dict.fromkeys((*KEYS, *COUNTS), 0) | {"direct": False, "socket": False} | cell for cell in cells]
+    frame = pd.DataFrame(rows, columns=[*KEYS, *COUNTS]).astype({"direct": bool, "socket": bool})
+    n_clients, n_nodes = int(frame["client"].max()) + 1, int(frame["node"].max()) + 1
+    known = pd.DataFrame({
+        "ip": [f"10.0.0.{i}" for i in range(n_backends)],
+        "port": 8080,
+        "pod": [f"pod-{i}" for i in range(n_backends)],
+        "workload": "web",
+        "node": [f"node-{i}" for i in range(n_backends)],
+        "zone": None,
+    })  # fmt: skip
+    given = {"service": "shop/web:80/tcp", "protocol": "tcp", "bin_s": 60.0, "range_s": 600.0, "cells": frame,
+             "clients": [f"client-{i}" for i in range(n_clients)], "nodes": [f"node-{i}" for i in range(n_nodes)],
+             "node_zones": [None] * n_nodes, "backends": known}  # fmt: skip
+    return Situation(**(given | more))  # type: ignore[arg-type]

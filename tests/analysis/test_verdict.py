@@ -1,0 +1,96 @@
+"""Against chance: how probable, how large, and what was not seen."""
+
+import math
+
+import numpy as np
+import pytest
+from analysis.situation_world import situation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tracer.analysis import verdict
+from tracer.analysis.causes.situation import MEASURES, Situation
+
+
+def judged(known: Situation) -> verdict.Verdict:
+    tests = [test for measure in MEASURES if (test := verdict.test_of(known, measure)) is not None]
+    return verdict.verdict(known, verdict.discoveries(tests))
+
+
+def opened(*counts: int, **more: object) -> Situation:
+    return situation([{"backend": i, "opened": n} for i, n in enumerate(counts)], len(counts), **more)
+
+
+@pytest.mark.parametrize(
+    ("value", "freedom", "tail"),
+    # NIST's table of critical values of chi-square, and 2 degrees: exp(-x / 2)
+    [(18.307, 10, 0.05), (29.588, 10, 0.001), (11.070, 5, 0.05), (124.342, 100, 0.05), (20.0, 2, math.exp(-10))],
+)
+def test_the_tail_of_chi_square(value: float, freedom: int, tail: float) -> None:
+    assert verdict.chi_square_tail(value, freedom) == pytest.approx(tail, rel=1e-3)
+
+
+def test_few_picks_are_drawn_exactly() -> None:
+    # Eight picks, all to one of two: 2 of the 256 sequences are as far from even.
+    found = verdict.probability(np.array([8.0, 0.0]), np.array([4.0, 4.0]), 8)
+    assert found == pytest.approx(2 / 256, rel=0.1)
+    assert verdict.probability(np.array([8.0, 0.0]), np.array([4.0, 4.0]), 8) == found
+    assert verdict.probability(np.array([4.0, 4.0]), np.array([4.0, 4.0]), 8) == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 9), st.integers(5, 400))
+def test_p_of_what_chance_makes_is_uniform(seed: int, backends: int, picks: int) -> None:
+    rng = np.random.default_rng(seed)
+    even = np.full(backends, picks / backends)
+    found = np.array(
+        [verdict.probability(row.astype(float), even, picks) for row in rng.multinomial(picks, even / picks, 60)]
+    )
+    # of 60, 12 below 0.05 have a probability of 2e-5
+    assert (found < 0.05).sum() < 12
+
+
+def test_load_on_one_that_was_to_get_none_is_no_chance() -> None:
+    assert verdict.probability(np.array([50.0, 50.0]), np.array([100.0, 0.0]), 100) == 0
+
+
+def test_even_uneven_and_too_few() -> None:
+    even = judged(opened(1000, 1010, 990))
+    assert (even.word, even.measures) == ("balanced", ())
+    uneven = judged(opened(2000, 1000, 1000))
+    assert (uneven.word, uneven.measures) == ("uneven", ("connections",))
+    assert "17% of the new connections" in uneven.reasons[0]
+    few = judged(opened(9, 4, 5))
+    assert few.word == "inconclusive"
+    assert "would tell" in few.reasons[0]
+    # beyond chance, and of no matter
+    assert judged(opened(1_020_000, 1_000_000, 980_000)).word == "balanced"
+
+
+def test_what_was_not_seen_may_explain_it() -> None:
+    cells = [{"backend": i, "opened": n} for i, n in enumerate((1500, 1000, 1000))]
+    unresolved = judged(situation([*cells, {"backend": -1, "opened": 1000}]))
+    assert unresolved.word == "inconclusive"
+    assert "no known backend" in unresolved.reasons[0]
+    assert judged(situation(cells, lost=0.25)).word == "inconclusive"
+    assert judged(situation(cells, lost=0.01)).word == "uneven"
+
+
+def test_among_many_services_a_rare_split_is_expected() -> None:
+    tests = [verdict.test_of(opened(*row), "connections") for row in [(160, 100, 110)] + [(100, 101, 99)] * 300]
+    found = verdict.discoveries([test for test in tests if test is not None])
+    alone = verdict.discoveries([found[0]])
+    assert alone[0].proven
+    assert not found[0].proven
+    assert all(one.q <= 1 for one in found)
+
+
+def test_clients_that_stick_are_clumped() -> None:
+    free = [{"client": c, "backend": b, "opened": 20 + (c + b) % 3} for c in range(6) for b in range(3)]
+    stuck = [{"client": c, "backend": c % 3, "opened": 60} for c in range(6)]
+    assert verdict.clumping(situation(free)) < 1.5
+    assert verdict.clumping(situation(stuck)) > 20
+
+
+def test_nobody_to_share_is_no_verdict() -> None:
+    assert judged(situation([{"backend": -1, "opened": 5}])).word == "inconclusive"

@@ -1,0 +1,91 @@
+"""Partial counts of many files, in bounded memory: what is read at once, how it is put together, how fine time is.
+
+The bins are as fine as the range and the number of cells allow, which depends on the data alone: not on the order of
+the files, on who counted them, or on how many did.
+"""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
+
+from tracer.analysis import partial
+from tracer.analysis.partial import Bins, Partial
+from tracer.errors import TracerError
+from tracer.store import reader
+
+#: Widths that bins may begin with, in seconds; the narrowest that makes at most `MOST_BINS` of the range.
+WIDTHS_S = (10, 30, 60, 300, 600, 900, 1800, 3600, 3 * 3600, 6 * 3600, 86_400)
+MOST_BINS = 64
+#: Cells kept in all, some 90 bytes each while two tables are merged; beyond, bins are made twice as wide.
+MOST_CELLS = 6_000_000
+#: Cells that wait to be merged.
+WAITING_CELLS = 3_000_000
+
+#: What became of one file: its counts, or why it could not be read.
+Counted = Partial | TracerError
+
+
+def bins_for(begin_ns: int, end_ns: int) -> Bins:
+    """Bins of a range."""
+    for width_s in WIDTHS_S:
+        bins = Bins(begin_ns, end_ns, width_s * 10**9)
+        if bins.count <= MOST_BINS:
+            return bins
+    return Bins(begin_ns, end_ns, -(-(end_ns - begin_ns) // MOST_BINS))
+
+
+def count(path: Path, bins: Bins) -> Counted:
+    """The counts of one file. What cannot be read is returned, not raised: one file spoils no other's."""
+    try:
+        parts = [partial.of_table(table, bins) for table in reader.tables(path, columns=partial.COLUMNS)]
+    except TracerError as error:
+        return error
+    return partial.merged(parts) if parts else partial.nothing(bins)
+
+
+def local(paths: Sequence[Path], bins: Bins) -> Generator[Counted, None, None]:
+    """The counts of each file, as they come, by as many threads as this process may use CPUs: Arrow and NumPy let go of
+    the interpreter for nearly all of it."""
+    workers = max(1, len(os.sched_getaffinity(0)))
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        # No more at once than are worked on: what is done and not yet taken takes memory too.
+        waiting: set[concurrent.futures.Future[Counted]] = set()
+        for path in paths:
+            waiting.add(pool.submit(count, path, bins))
+            if len(waiting) > workers:
+                done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        for future in concurrent.futures.as_completed(waiting):
+            yield future.result()
+
+
+def together(
+    counted: Iterable[Counted],
+    bins: Bins,
+    failed: Callable[[TracerError], None],
+    progress: Callable[[], None] = lambda: None,
+) -> Partial:
+    """All counts as one. `failed` is told of files that could not be read, `progress` of every file."""
+    whole, waiting = partial.nothing(bins), list[Partial]()
+    for each in counted:
+        if isinstance(each, TracerError):
+            failed(each)
+        elif len(each):
+            waiting.append(_as_wide(each, whole.bins))
+        if sum(map(len, waiting)) > WAITING_CELLS:
+            whole, waiting = _bounded(partial.merged([whole, *waiting])), []
+        progress()
+    return _bounded(partial.merged([whole, *(_as_wide(each, whole.bins) for each in waiting)]))
+
+
+def _bounded(part: Partial) -> Partial:
+    while len(part) > MOST_CELLS and part.bins.count > 1:
+        part = partial.coarser(part)
+    return part
+
+
+def _as_wide(part: Partial, bins: Bins) -> Partial:
+    while part.bins.width_ns < bins.width_ns:
+        part = partial.coarser(part)
+    return part
