@@ -55,7 +55,7 @@ def test_surprise_is_close_to_a_standard_normal_under_chance() -> None:
 
 
 def test_long_connections_are_one_pick_however_many_rows_they_have() -> None:
-    rows = [{"bin": b, "later_rows": 1, "later_us": 60_000_000, "duration_us": 60_000_000} for b in range(10)]
+    rows = [{"bin": b, "long_rows": 1, "long_us": 60_000_000, "duration_us": 60_000_000} for b in range(10)]
     assert explain.units(situation(rows, range_s=600.0), "connection_time") == pytest.approx(1.0)
 
 

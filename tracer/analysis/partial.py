@@ -23,11 +23,11 @@ ROUTE = ("dst_namespace", "dst_service", "dst_service_port", "dst_ip", "dst_port
 #: What tells sources apart.
 SOURCE = ("node", "src_namespace", "src_pod", "src_ip")
 #: Columns of connections that are read.
-COLUMNS = (*ROUTE[:-2], *SOURCE, "ts", "role", "nat", "nat_source", "opened", "duration_us", "result", "bytes_sent",
-           "bytes_received", "packets_received", "connect_latency_us")  # fmt: skip
+COLUMNS = (*ROUTE[:-2], *SOURCE, "ts", "role", "nat", "nat_source", "opened", "closed", "duration_us", "result",
+           "bytes_sent", "bytes_received", "packets_received", "connect_latency_us")  # fmt: skip
 #: What is summed for each cell: `situation.COUNTS`, rows, and rows whose bytes nobody counted, or whose backend is
 #: not known.
-SUMS = ("rows", "opened", "later_rows", "duration_us", "later_us", "failed_us", "bytes", "later_bytes", "uncounted",
+SUMS = ("rows", "opened", "long_rows", "duration_us", "long_us", "failed_us", "bytes", "long_bytes", "uncounted",
         "unresolved", "latency_us", "latencies", *FAILURES)  # fmt: skip
 
 #: Bits of a cell's key: the bin below, the source above it, the route on top. 2**21 routes, 2**28 sources.
@@ -115,7 +115,7 @@ def of_table(table: pa.Table, bins: Bins) -> Partial:
     duration = _plain(table, "duration_us").astype(np.int64)
     times = _plain(table, "ts") - np.where(opened, duration * 1000, 1)
     keys = _packed(route, source, bins.of(times))
-    counts = _counts(table, codes["result"], opened, duration)
+    counts = _counts(table, codes["result"], opened, ~(opened & _plain(table, "closed").astype(bool)), duration)
     return _reduced(bins, routes, sources, keys, counts, lambda name: counts[name]())
 
 
@@ -236,7 +236,11 @@ def _order(key: Key) -> tuple[tuple[bool, str, object], ...]:
 
 
 def _counts(
-    table: pa.Table, result: tuple[Ints, list[object]], opened: npt.NDArray[np.bool_], duration: Ints
+    table: pa.Table,
+    result: tuple[Ints, list[object]],
+    opened: npt.NDArray[np.bool_],
+    long: npt.NDArray[np.bool_],
+    duration: Ints,
 ) -> dict[str, Callable[[], Ints]]:
     def null(name: str) -> npt.NDArray[np.bool_]:
         return np.asarray(pc.is_null(table[name]).to_numpy())
@@ -258,12 +262,12 @@ def _counts(
     return {
         "rows": lambda: np.ones(len(opened), dtype=np.int64),
         "opened": lambda: opened.astype(np.int64),
-        "later_rows": lambda: (~opened).astype(np.int64),
+        "long_rows": lambda: long.astype(np.int64),
         "duration_us": lambda: duration,
-        "later_us": lambda: np.where(opened, 0, duration),
+        "long_us": lambda: np.where(long, duration, 0),
         "failed_us": failed,
         "bytes": moved,
-        "later_bytes": lambda: np.where(opened, 0, moved()),
+        "long_bytes": lambda: np.where(long, moved(), 0),
         "uncounted": lambda: (null("bytes_sent") | null("bytes_received")).astype(np.int64),
         "unresolved": lambda: null("backend_ip").astype(np.int64),
         "latency_us": lambda: _plain(table, "connect_latency_us"),

@@ -42,21 +42,21 @@ def effective(weights: Floats) -> float:
 def units(situation: Situation, measure: str, among: Mask | None = None) -> float:
     """The effective number of independent picks behind a load.
 
-    New connections are picks. For connection time and bytes a connection's rows hang together: what is in later rows
-    is taken as that of as many connections per client and backend as were open at once on average.
+    New connections are picks. For connection time and bytes a connection's rows hang together: what is in rows of long
+    ones is taken as that of as many connections per client and backend as were open at once on average.
     """
     taken = situation.known if among is None else situation.known & among
     if measure == "connections":
         return float(situation.column("opened")[taken].sum())
-    later_name = {"connection_time": "later_us", "bytes": "later_bytes"}[measure]
+    long_name = {"connection_time": "long_us", "bytes": "long_bytes"}[measure]
     cells = situation.cells[taken]
-    later = cells.groupby(["client", "backend"])[[later_name, "later_rows"]].sum()
-    at_once = np.maximum(1.0, later["later_rows"].to_numpy(float) * situation.interval_s / situation.range_s)
-    short = (cells[MEASURES[measure]] - cells[later_name]).to_numpy(float)
+    later = cells.groupby(["client", "backend"])[[long_name, "long_rows"]].sum()
+    at_once = np.maximum(1.0, later["long_rows"].to_numpy(float) * situation.interval_s / situation.range_s)
+    short = (cells[MEASURES[measure]] - cells[long_name]).to_numpy(float)
     opened = np.maximum(1.0, cells["opened"].to_numpy(float))
     # Connections differ in weight within a cell too: a lognormal with sigma 1 has E[w²]/E[w]² = e.
-    squares = np.e * (short**2 / opened).sum() + (later[later_name].to_numpy(float) ** 2 / at_once).sum()
-    total = float(short.sum() + later[later_name].sum())
+    squares = np.e * (short**2 / opened).sum() + (later[long_name].to_numpy(float) ** 2 / at_once).sum()
+    total = float(short.sum() + later[long_name].sum())
     return float(total**2 / squares) if squares > 0 else 0.0
 
 

@@ -14,24 +14,24 @@ FEW, MOST = 3, 0.8
 
 def long_lived(situation: Situation, measure: str) -> Iterator[Hypothesis]:
     """New connections are even; is the load of connections shorter than the reporting interval even too?"""
-    later_name = {"connection_time": "later_us", "bytes": "later_bytes"}.get(measure)
-    if later_name is None or situation.column(later_name).sum() <= 0:
+    long_name = {"connection_time": "long_us", "bytes": "long_bytes"}.get(measure)
+    if long_name is None or situation.column(long_name).sum() <= 0:
         return
     opened, fair_opened = situation.load("connections"), situation.fair("connections")
     uneven = distance(opened, fair_opened)
     if opened.sum() > 0 and uneven > max(0.1, CHANCE * by_chance(fair_opened, opened.sum())):
         return
-    later = situation.column(later_name)
-    short = situation.column(MEASURES[measure]) - later
+    long = situation.column(long_name)
+    short = situation.column(MEASURES[measure]) - long
     load, fair = situation.load(measure), situation.fair(measure)
     # The short ones are as many picks as connections, of unequal weight (a lognormal with sigma 1: e).
     chance = by_chance(fair, opened.sum() / np.e)
     explained = Explained(distance(load, fair), distance(situation.load(measure, values=short), fair), chance)
-    part = later[situation.known].sum() / max(1.0, load.sum())
-    by_client = np.bincount(situation.places("client")[situation.known], later[situation.known])
+    part = long[situation.known].sum() / max(1.0, load.sum())
+    by_client = np.bincount(situation.places("client")[situation.known], long[situation.known])
     order = np.argsort(by_client)[::-1]
     few = int(np.searchsorted(np.cumsum(by_client[order]), MOST * by_client.sum())) + 1
-    at_once = situation.column("later_rows")[situation.known].sum() * situation.interval_s / situation.range_s
+    at_once = situation.column("long_rows")[situation.known].sum() * situation.interval_s / situation.range_s
     fully = explained.score * min(1.0, 3 * part)
     numbers = {"share": float(part), "open_at_once": float(at_once), "clients_with_most": few,
                "independent_picks": units(situation, measure), "before": explained.before,

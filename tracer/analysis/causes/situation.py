@@ -21,7 +21,7 @@ MEASURES = {"connections": "opened", "connection_time": "duration_us", "bytes": 
 FAILURES = ("refused", "timeout", "unreachable")
 #: Columns of `Situation.cells`: the keys, and the counts, all integers.
 KEYS = ("bin", "client", "node", "backend", "direct", "socket")
-COUNTS = ("opened", "later_rows", "duration_us", "later_us", "failed_us", "bytes", "later_bytes", "latency_us",
+COUNTS = ("opened", "long_rows", "duration_us", "long_us", "failed_us", "bytes", "long_bytes", "latency_us",
           "latencies", *FAILURES)  # fmt: skip
 
 
@@ -32,8 +32,8 @@ class Situation:
     `cells`: one row per combination of `KEYS` with the sums of `COUNTS`. `bin` is the place of the time bin, `client`,
     `node`, `backend` are places in `clients`, `nodes`, `backends` (-1: the backend is unknown); `direct`: the client
     dialled the backend's own address, not the virtual one; `socket`: rewritten at connect(). `opened` counts
-    connections that began, `later_*` what belongs to rows that are not a connection's first (connections longer than
-    the reporting interval), `failed_us` the time of rows that ended as one of `FAILURES` (which also are columns) or
+    connections that began, `long_*` what belongs to rows that do not hold a whole connection (those longer than the
+    reporting interval), `failed_us` the time of rows that ended as one of `FAILURES` (which also are columns) or
     in which nothing came back (no handshake, no packet), `latency_us` and `latencies` the sum and number of known
     connect latencies.
 
