@@ -38,21 +38,19 @@ class Judged:
         return self.verdict == "uneven" and self.first not in (self.truth, cases.UNEXPLAINED)
 
 
-def verdict(situation: Situation) -> tuple[str, str]:
-    """The verdict on a situation by itself, and the name of the first cause."""
+def said_of(situation: Situation) -> verdicts.Verdict:
+    """The verdict on a situation by itself, causes not asked for."""
     tests = [test for measure in MEASURES if (test := verdicts.test_of(situation, measure)) is not None]
-    return _with_cause(situation, verdicts.verdict(situation, verdicts.discoveries(tests)))
-
-
-def _with_cause(situation: Situation, said: verdicts.Verdict) -> tuple[str, str]:
-    found = cause.hypotheses(situation, said.measures) if said.measures else []
-    return said.word, found[0].name if found else cases.UNEXPLAINED
+    return verdicts.verdict(verdicts.discoveries(tests))
 
 
 def judge(case: cases.Case) -> Judged:
     """What is said of one case."""
-    said, first = verdict(of_tables(case.tables, "shop/web"))
-    return Judged(case.truth, case.variant, case.strength, said, first)
+    situation = of_tables(case.tables, "shop/web")
+    said = said_of(situation)
+    found = cause.hypotheses(situation, said.measures) if said.measures else []
+    first = found[0].name if found else cases.UNEXPLAINED
+    return Judged(case.truth, case.variant, case.strength, (said if found else verdicts.unexplained(said)).word, first)
 
 
 def troubled(seeds: Iterable[int], strengths: Iterable[str]) -> list[Judged]:
@@ -71,9 +69,9 @@ def small_services(seed: int, services: int) -> Iterator[str]:
     known = [situation for _, situation in all_of(agents.tables(cases.many_balanced(seed, services)))]
     tests = [verdicts.test_of(situation, measure) for situation in known for measure in MEASURES]
     found = verdicts.discoveries([test for test in tests if test is not None])
-    for place, situation in enumerate(known):
+    for place in range(len(known)):
         own = sum(test is not None for test in tests[3 * place : 3 * place + 3])
-        yield verdicts.verdict(situation, found[:own]).word
+        yield verdicts.verdict(found[:own]).word
         found = found[own:]
 
 

@@ -1,15 +1,17 @@
 """Situations written down by hand."""
 
+import numpy as np
 import pandas as pd
 
 from tracer.analysis.causes.situation import COUNTS, KEYS, Situation
+from tracer.analysis.partial import SUMS, Partial
 
 
 def situation(cells: list[dict[str, object]], n_backends: int = 3, **more: object) -> Situation:
     """A situation of the given cells; what a cell leaves out is nothing."""
     rows = [dict.fromkeys((*KEYS, *COUNTS), 0) | {"direct": False, "socket": False} | cell for cell in cells]
-    frame = pd.DataFrame(rows, columns=[*KEYS, *COUNTS]).astype({"direct": bool, "socket": bool})
-    n_clients, n_nodes = int(frame["client"].max()) + 1, int(frame["node"].max()) + 1
+    columns = {name: np.array([row[name] for row in rows], dtype=np.int64) for name in (*KEYS, *COUNTS)}
+    n_clients, n_nodes = int(columns["client"].max()) + 1, int(columns["node"].max()) + 1
     known = pd.DataFrame({
         "ip": [f"10.0.0.{i}" for i in range(n_backends)],
         "port": 8080,
@@ -18,7 +20,16 @@ def situation(cells: list[dict[str, object]], n_backends: int = 3, **more: objec
         "node": [f"node-{i}" for i in range(n_backends)],
         "zone": None,
     })  # fmt: skip
-    given = {"service": "shop/web:80/tcp", "protocol": "tcp", "bin_s": 60.0, "range_s": 600.0, "cells": frame,
+    given = {"service": "shop/web:80/tcp", "protocol": "tcp", "bin_s": 60.0, "range_s": 600.0, "cells": columns,
              "clients": [f"client-{i}" for i in range(n_clients)], "nodes": [f"node-{i}" for i in range(n_nodes)],
              "node_zones": [None] * n_nodes, "backends": known}  # fmt: skip
     return Situation(**(given | more))  # type: ignore[arg-type]
+
+
+def as_dict(part: Partial) -> dict[tuple[object, ...], dict[str, int]]:
+    """Partial counts by what they are of: route, source and bin."""
+    keys = zip(part.route.tolist(), part.source.tolist(), part.bin.tolist(), strict=True)
+    return {
+        (*part.routes[route], *part.sources[source], bin_): {name: int(part.sum(name)[i]) for name in SUMS}
+        for i, (route, source, bin_) in enumerate(keys)
+    }

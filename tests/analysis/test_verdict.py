@@ -14,7 +14,7 @@ from tracer.analysis.causes.situation import MEASURES, Situation
 
 def judged(known: Situation) -> verdict.Verdict:
     tests = [test for measure in MEASURES if (test := verdict.test_of(known, measure)) is not None]
-    return verdict.verdict(known, verdict.discoveries(tests))
+    return verdict.verdict(verdict.discoveries(tests))
 
 
 def opened(*counts: int, **more: object) -> Situation:
@@ -71,9 +71,9 @@ def test_what_was_not_seen_may_explain_it() -> None:
     cells = [{"backend": i, "opened": n} for i, n in enumerate((1500, 1000, 1000))]
     unresolved = judged(situation([*cells, {"backend": -1, "opened": 1000}]))
     assert unresolved.word == "inconclusive"
-    assert "no known backend" in unresolved.reasons[0]
-    assert judged(situation(cells, lost=0.25)).word == "inconclusive"
-    assert judged(situation(cells, lost=0.01)).word == "uneven"
+    assert "what was not seen" in unresolved.reasons[0]
+    assert judged(situation(cells, lost={"node-0": 1 / 3})).word == "inconclusive"
+    assert judged(situation(cells, lost={"node-0": 0.01})).word == "uneven"
 
 
 def test_among_many_services_a_rare_split_is_expected() -> None:
@@ -94,3 +94,23 @@ def test_clients_that_stick_are_clumped() -> None:
 
 def test_nobody_to_share_is_no_verdict() -> None:
     assert judged(situation([{"backend": -1, "opened": 5}])).word == "inconclusive"
+
+
+def test_a_gap_may_explain_it_and_only_on_the_node_that_has_the_clients() -> None:
+    cells = [{"backend": i, "opened": n, "node": 0} for i, n in enumerate((1500, 1000, 1000))]
+    cells.append({"backend": 0, "opened": 1, "node": 1})
+    assert judged(situation(cells, gaps={"node-0": 0.5})).word == "inconclusive"
+    assert judged(situation(cells, gaps={"node-1": 0.5})).word == "uneven"
+
+
+def test_a_skew_that_nothing_explains_is_nothing_proven_where_clients_repeat_themselves() -> None:
+    # Each of many clients asks one backend all the time: as many picks as clients.
+    stuck = [{"client": c, "backend": min(c % 4, 2), "opened": 40} for c in range(16)]
+    said = judged(situation(stuck))
+    assert said.word == "uneven"
+    left = verdict.unexplained(said)
+    assert (left.word, left.measures) == ("inconclusive", said.measures)
+    assert "come back to the same backends" in left.reasons[0]
+    # Independent picks with the same shares prove it.
+    free = [{"client": c, "backend": b, "opened": 10 * (1 + (b == 2))} for c in range(16) for b in range(3)]
+    assert verdict.unexplained(judged(situation(free))).word == "uneven"

@@ -91,14 +91,14 @@ def grouped(situation: Situation, by: str) -> pd.DataFrame:
 
     Columns: the group's name, connections, connection_time_s, bytes, backends (that it reached).
     """
-    cells = situation.cells[situation.known]
+    cells = {name: column[situation.known] for name, column in situation.cells.items()}
     names = {
         "client": lambda: np.asarray(situation.clients, dtype=object)[cells["client"]],
         "node": lambda: np.asarray(situation.nodes, dtype=object)[cells["node"]],
         "zone": lambda: np.asarray(situation.backends["zone"], dtype=object)[cells["backend"]],
     }[by]()
-    frame = pd.DataFrame({by: names, "backend": cells["backend"].to_numpy()} | {
-        measure: cells[column].to_numpy() for measure, column in MEASURES.items()
+    frame = pd.DataFrame({by: names, "backend": cells["backend"]} | {
+        measure: cells[column] for measure, column in MEASURES.items()
     })  # fmt: skip
     found = frame.groupby(by, dropna=False).agg(
         connections=("connections", "sum"),

@@ -17,9 +17,8 @@ from tracer.analysis.causes import (
     routing,
     topology,
 )
-from tracer.analysis.causes.explain import by_chance, distance, surprise, units
 from tracer.analysis.causes.hypothesis import Detector, Hypothesis
-from tracer.analysis.causes.situation import MEASURES, Situation
+from tracer.analysis.causes.situation import Situation
 
 #: All detectors; where two explain the same, the one that says more (and is listed first) comes first.
 DETECTORS: tuple[Detector, ...] = (
@@ -41,34 +40,6 @@ DETECTORS: tuple[Detector, ...] = (
 LEAST = 0.4
 #: Scores this close are the same: chance adds to either. Then the more specific cause comes first.
 ALIKE = 0.08
-#: A measure is skewed from this distance on, or from this ratio of a backend's load to its fair share (or back).
-SKEWED, RATIO = 0.1, 1.25
-#: It is so beyond chance from so many standard deviations on.
-SIGMAS = 4.0
-#: The load hangs on few connections if chance alone makes such a distance.
-LUMPY = 0.08
-
-
-def skewed(situation: Situation) -> tuple[list[str], bool]:
-    """Measures whose load is uneven enough to matter, and whether that is beyond chance.
-
-    If none is beyond chance, those whose load hangs on so few connections that chance alone makes a skew: it is there,
-    and worth a cause, but proves nothing. Even means: over all backends that were to get connections in the range.
-    """
-    beyond, lumpy = [], []
-    for measure in MEASURES:
-        load, fair = situation.load(measure), situation.even(measure)
-        if load.sum() <= 0 or fair.sum() <= 0:
-            continue
-        ratio = load[situation.entitled] / fair[situation.entitled]
-        picks = units(situation, measure)
-        if distance(load, fair) < SKEWED and ratio.max() < RATIO and ratio.min() > 2 - RATIO:
-            continue
-        if surprise(load, fair, picks) > SIGMAS:
-            beyond.append(measure)
-        elif by_chance(fair, picks) > LUMPY:
-            lumpy.append(measure)
-    return (beyond, True) if beyond else (lumpy, False)
 
 
 def hypotheses(situation: Situation, measures: Sequence[str]) -> list[Hypothesis]:

@@ -14,19 +14,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tracer import schema
-from tracer.analysis import balance, cause, gather, situations
+from tracer.analysis import balance, cause, endpoints, gather, situations
 from tracer.analysis.causes.hypothesis import Hypothesis
 from tracer.analysis.causes.situation import MEASURES, Situation
 from tracer.analysis.gather import Counted
 from tracer.analysis.partial import Bins
 from tracer.analysis.situations import ServicePort, Situations
-from tracer.analysis.verdict import BALANCED, INCONCLUSIVE, UNEVEN, Test, Verdict, discoveries, test_of, verdict
+from tracer.analysis.verdict import (
+    BALANCED,
+    INCONCLUSIVE,
+    UNEVEN,
+    Test,
+    Verdict,
+    discoveries,
+    test_of,
+    unexplained,
+    verdict,
+)
+from tracer.analysis.watched import COLUMNS
 from tracer.errors import NoDataError, TracerError
 from tracer.store import reader
 
 #: Counts files: `gather.local`, or another engine's.
 Engine = Callable[[Sequence[Path], Bins], Generator[Counted, None, None]]
 _ORDER = (UNEVEN, INCONCLUSIVE, BALANCED)
+#: Cells of situations that are kept between testing and looking for causes, some 200 bytes each.
+KEPT_CELLS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +108,17 @@ def diagnose(
         TracerError: a table cannot be read.
     """
     warnings: list[str] = []
-    coverage = _table(root, "coverage", begin_ns, end_ns, strict, warnings)
-    bins = _range(root, coverage, begin_ns, end_ns)
-    paths = reader.files(root, "connections", bins.begin_ns, bins.end_ns + 1)
-    done = 0
 
     def failed(error: TracerError) -> None:
         if strict:
             raise error
         warnings.append(f"Left out: {error}.")
+
+    watched = _tables(root, "coverage", begin_ns, end_ns, failed, COLUMNS)
+    coverage = pa.concat_tables([schema.arrow("coverage").empty_table().select(COLUMNS), *watched])
+    bins = _range(root, coverage, begin_ns, end_ns)
+    paths = reader.files(root, "connections", bins.begin_ns, bins.end_ns + 1)
+    done = 0
 
     def one_more() -> None:
         nonlocal done
@@ -115,11 +130,12 @@ def diagnose(
     rows = int(part.sum("rows").sum())
     if not rows:
         raise NoDataError(f"no rows between {_text(bins.begin_ns)} and {_text(bins.end_ns)} in {root}; widen the range")
-    endpoints = _table(root, "endpoints", bins.begin_ns, bins.end_ns, strict, warnings)
-    if not len(endpoints):
+    told = _tables(root, "endpoints", bins.begin_ns, bins.end_ns, failed, endpoints.COLUMNS)
+    ends = endpoints.together(told, part.bins)
+    if not len(ends):
         warnings.append("There is no endpoints table: shares are expected of the backends that were seen.")
-    known = Situations(part, _clipped(endpoints, bins), coverage)
-    warnings += _unseen(known, coverage, endpoints)
+    known = Situations(part, ends, coverage)
+    warnings += _unseen(known, coverage, ends)
     chosen = known.ports() if service is None else situations.matching(known.ports(), service)
     if service is not None and not chosen:
         raise NoDataError(
@@ -143,40 +159,54 @@ def last_moment(root: Path) -> int:
 
 
 def _findings(known: Situations, chosen: set[ServicePort]) -> Iterator[Finding]:
-    """Tests everything first; then the situations of what was chosen are made again: all at once are too large."""
+    """Tests everything first, for false discoveries are reckoned over all; then the causes of what was chosen.
+
+    Situations are kept in between as far as `KEPT_CELLS` allows: all at once may be too large.
+    """
     tested: list[tuple[ServicePort, int, int]] = []
     tests: list[Test] = []
+    kept: dict[ServicePort, Situation] = {}
+    room = KEPT_CELLS
     for port, situation in known:
         mine = [test for measure in MEASURES if (test := test_of(situation, measure)) is not None]
         tested.append((port, len(tests), len(tests) + len(mine)))
         tests += mine
+        cells = len(situation.known)
+        if port in chosen and cells <= room:
+            kept[port] = situation
+            room -= cells
     adjusted = discoveries(tests)
     for port, first, last in tested:
-        if port not in chosen:
-            continue
-        situation = known.of(port)
-        said = verdict(situation, adjusted[first:last])
-        causes = cause.hypotheses(situation, said.measures) if said.measures else []
-        yield Finding(port, situation, said, tuple(causes), balance.per_backend(situation))
+        if port in chosen:
+            yield _finding(port, kept.pop(port) if port in kept else known.of(port), adjusted[first:last])
 
 
-def _table(
-    root: Path, table: str, begin_ns: int | None, end_ns: int | None, strict: bool, warnings: list[str]
-) -> pa.Table:
-    """A small table, of the range; without rows if there are no files."""
+def _finding(port: ServicePort, situation: Situation, tests: Sequence[Test]) -> Finding:
+    said = verdict(tests)
+    causes = cause.hypotheses(situation, said.measures) if said.measures else []
+    if not causes:
+        said = unexplained(said)
+    return Finding(port, situation, said, tuple(causes), balance.per_backend(situation))
+
+
+def _tables(
+    root: Path,
+    table: str,
+    begin_ns: int | None,
+    end_ns: int | None,
+    failed: Callable[[TracerError], None],
+    columns: Sequence[str],
+) -> Iterator[pa.Table]:
+    """The files of a small table in the range, each as a table; nothing if there are none."""
     try:
         paths = reader.files(root, table, begin_ns, None if end_ns is None else end_ns + 1)
     except NoDataError:
-        paths = []
-    batches: list[pa.RecordBatch] = []
+        return
     for path in paths:
         try:
-            batches += reader.batches(path, table)
+            yield from [found.select(columns) for found in reader.tables(path, table, columns)]
         except TracerError as error:
-            if strict:
-                raise
-            warnings.append(f"Left out: {error}.")
-    return pa.Table.from_batches(batches, schema=schema.arrow(table))
+            failed(error)
 
 
 def _range(root: Path, coverage: pa.Table, begin_ns: int | None, end_ns: int | None) -> Bins:
@@ -194,24 +224,20 @@ def _range(root: Path, coverage: pa.Table, begin_ns: int | None, end_ns: int | N
     return gather.bins_for(begin, end)
 
 
-def _clipped(endpoints: pa.Table, bins: Bins) -> pa.Table:
-    """Only intervals that touch the range: an endpoint of yesterday is none of today's."""
-    time = endpoints["ts"].type
-    end, begin = (pa.scalar(at, pa.int64()).cast(time) for at in (bins.end_ns, bins.begin_ns))
-    return endpoints.filter(pc.and_(pc.less(endpoints["started"], end), pc.greater(endpoints["ts"], begin)))
-
-
-def _unseen(known: Situations, coverage: pa.Table, endpoints: pa.Table) -> list[str]:
+def _unseen(known: Situations, coverage: pa.Table, ends: pa.Table) -> list[str]:
     """Sentences on what coverage says was not seen."""
     said = []
     if not len(coverage):
         said.append("There is no coverage table: what was lost is not known.")
-    if known.lost:
-        said.append(f"{known.lost:.2%} of the rows were lost; coverage/ says at which stage.")
-    for node, seconds in sorted(known.gaps.items(), key=lambda each: -each[1])[:3]:
-        said.append(f"Node {node} was not observed for {seconds:,.0f} s in between.")
+    gone = sum(each.lost for each in known.losses.values())
+    if gone:
+        part = gone / (gone + sum(each.emitted for each in known.losses.values()))
+        said.append(f"{gone:,} rows ({part:.2%}) were lost; coverage/ says at which stage.")
+    for node, each in sorted(known.losses.items(), key=lambda each: -each[1].gap_s)[:3]:
+        if each.gap_s:
+            said.append(f"Node {node} was not watched for {each.gap_s:,.0f} s in between.")
     watched = set(coverage["node"].unique().to_pylist())
-    others = set(endpoints["backend_node"].unique().to_pylist()) - watched - {None}
+    others = set(ends["backend_node"].unique().to_pylist()) - watched - {None}
     if others and watched:
         some = ", ".join(sorted(map(str, others))[:3]) + (" and more" if len(others) > 3 else "")
         said.append(f"{len(others)} nodes with endpoints were not traced ({some}): their clients are not in this.")

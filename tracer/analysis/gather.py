@@ -41,6 +41,8 @@ def count(path: Path, bins: Bins) -> Counted:
         parts = [partial.of_table(table, bins) for table in reader.tables(path, columns=partial.COLUMNS)]
     except TracerError as error:
         return error
+    if len(parts) == 1:
+        return parts[0]
     return partial.merged(parts) if parts else partial.nothing(bins)
 
 

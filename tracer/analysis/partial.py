@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tracer.analysis.causes.situation import FAILURES
-
-Ints = npt.NDArray[np.int64]
+from tracer.analysis.coding import Coded, Ints, coded, numbered, summed
 
 #: What tells routes apart. `plain`: dialled itself, nothing was rewritten; `socket`: rewritten at connect().
 ROUTE = ("dst_namespace", "dst_service", "dst_service_port", "dst_ip", "dst_port", "protocol", "backend_ip",
@@ -33,7 +32,6 @@ SUMS = ("rows", "opened", "long_rows", "duration_us", "long_us", "failed_us", "b
 #: Bits of a cell's key: the bin below, the source above it, the route on top. 2**21 routes, 2**28 sources.
 _BIN_BITS, _SOURCE_BITS, _ROUTE_BITS = 14, 28, 21
 MAX_BINS = 1 << _BIN_BITS
-_NS = 10**9
 
 Key = tuple[object, ...]
 
@@ -104,19 +102,26 @@ def of_table(table: pa.Table, bins: Bins) -> Partial:
     bin in which that began, any other in the bin in which its interval ended.
     """
     table = table.filter(_wanted(table, bins)).combine_chunks()
-    codes = {name: _codes(table, name) for name in ("nat", "nat_source", "result")}
+    codes = {name: coded(table, name) for name in ("nat", "nat_source", "result")}
     plain = _is(codes["nat"], "none")
     socket = _is(codes["nat_source"], "socket")
-    columns = [_codes(table, name) for name in ROUTE[:-2]]
+    columns = [coded(table, name) for name in ROUTE[:-2]]
     columns += [(flag.astype(np.int64), [False, True]) for flag in (plain, socket)]
     route, routes = _distinct(columns)
-    source, sources = _distinct([_codes(table, name) for name in SOURCE])
+    source, sources = _distinct([coded(table, name) for name in SOURCE])
     opened = _plain(table, "opened").astype(bool)
     duration = _plain(table, "duration_us").astype(np.int64)
     times = _plain(table, "ts") - np.where(opened, duration * 1000, 1)
-    keys = _packed(route, source, bins.of(times))
+    bin_ = bins.of(times)
+    cell, example = numbered([(route, len(routes)), (source, len(sources)), (bin_, bins.count)])
+    keys = _packed(route[example], source[example], bin_[example])
     counts = _counts(table, codes["result"], opened, ~(opened & _plain(table, "closed").astype(bool)), duration)
-    return _reduced(bins, routes, sources, keys, counts, lambda name: counts[name]())
+    sums = {}
+    for name, column in counts.items():
+        added = summed(cell, column(), len(keys))
+        if added.any():
+            sums[name] = added
+    return Partial(bins, routes, sources, keys, sums)
 
 
 def nothing(bins: Bins) -> Partial:
@@ -161,7 +166,10 @@ def _reduced(
     names: Iterable[str],
     column_of: Callable[[str], Ints],
 ) -> Partial:
-    """Sums what has the same key. Columns are made one at a time: the peak is that of one."""
+    """Sums what has the same key. Columns are made one at a time: the peak is that of one.
+
+    Sorting is quick here: keys are runs of sorted ones.
+    """
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     begins = np.ones(len(ordered), dtype=bool)
@@ -195,32 +203,15 @@ def _plain(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
     return np.asarray(pc.fill_null(column, 0).to_numpy())
 
 
-def _codes(table: pa.Table, name: str) -> tuple[Ints, list[object]]:
-    """Codes of a column and what they stand for; null has a code of its own, the last."""
-    column = table[name]
-    if not pa.types.is_dictionary(column.type):
-        column = column.dictionary_encode()
-    whole = column.combine_chunks()
-    if isinstance(whole, pa.ChunkedArray):  # no rows, no chunks
-        return np.zeros(0, dtype=np.int64), []
-    texts = whole.dictionary.to_pylist()
-    return np.asarray(whole.indices.fill_null(len(texts)).to_numpy(), dtype=np.int64), [*texts, None]
-
-
-def _is(coded: tuple[Ints, list[object]], text: str) -> npt.NDArray[np.bool_]:
-    codes, texts = coded
+def _is(column: Coded, text: str) -> npt.NDArray[np.bool_]:
+    codes, texts = column
     return np.asarray(np.isin(codes, [code for code, known in enumerate(texts) if known == text]))
 
 
-def _distinct(columns: Sequence[tuple[Ints, list[object]]]) -> tuple[Ints, list[Key]]:
+def _distinct(columns: Sequence[Coded]) -> tuple[Ints, list[Key]]:
     """Codes of the distinct rows of some columns of codes (n,), and those rows."""
-    code = np.zeros(len(columns[0][0]), dtype=np.int64)
-    for codes, texts in columns:
-        if len(texts) > 1:
-            code = np.unique(code * len(texts) + codes, return_inverse=True)[1].astype(np.int64)
-    first = np.full(int(code.max()) + 1 if len(code) else 0, -1, dtype=np.int64)
-    first[code[::-1]] = np.arange(len(code))[::-1]
-    taken = [[texts[place] for place in codes[first].tolist()] for codes, texts in columns]
+    code, example = numbered([(codes, max(1, len(texts))) for codes, texts in columns])
+    taken = [[texts[place] for place in codes[example].tolist()] for codes, texts in columns]
     return code, list(zip(*taken, strict=True))
 
 
@@ -237,7 +228,7 @@ def _order(key: Key) -> tuple[tuple[bool, str, object], ...]:
 
 def _counts(
     table: pa.Table,
-    result: tuple[Ints, list[object]],
+    result: Coded,
     opened: npt.NDArray[np.bool_],
     long: npt.NDArray[np.bool_],
     duration: Ints,
@@ -247,7 +238,7 @@ def _counts(
 
     def failed() -> Ints:
         # A row without an answer: no handshake, or (of a later row) no packet.
-        tcp = _is(_codes(table, "protocol"), "tcp")
+        tcp = _is(coded(table, "protocol"), "tcp")
         packets = (_plain(table, "packets_received") == 0) & ~null("packets_received")
         silent = np.where(opened, tcp & null("connect_latency_us"), packets)
         ended = np.isin(result[0], [code for code, text in enumerate(result[1]) if text in FAILURES])

@@ -14,16 +14,19 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tracer.analysis.causes.situation import COUNTS, KEYS, Floats, Situation
-from tracer.analysis.partial import ROUTE, SOURCE, Bins, Key, Partial
+from tracer.analysis.causes.situation import COUNTS, Situation
+from tracer.analysis.coding import Ints, numbered, summed
+from tracer.analysis.endpoints import ready
+from tracer.analysis.frames import frame
+from tracer.analysis.partial import ROUTE, SOURCE, Key, Partial
+from tracer.analysis.watched import losses
 
 _NS = 10**9
-#: Columns of coverage/ that count rows that are in no file.
-LOSSES = ("lost_ring", "lost_connection_map", "lost_end", "lost_flow_ring", "lost_writer")
 _DST_NAMESPACE, _SERVICE, _PORT_NAME, _DST_IP, _DST_PORT, _PROTOCOL, _IP, _PORT, _POD, _PLAIN, _SOCKET = range(
     len(ROUTE)
 )
 _NODE, _, _CLIENT_POD, _CLIENT_IP = range(len(SOURCE))
+_TOLD = ("backend_ip", "backend_port", "backend_pod", "backend_workload", "backend_node", "backend_zone")
 #: An address that is dialled: address, port, protocol.
 Dialled = tuple[str, int, str]
 
@@ -45,15 +48,14 @@ class Situations:
     def __init__(self, part: Partial, endpoints: pa.Table, coverage: pa.Table) -> None:
         """Takes the counts, and the tables endpoints and coverage of the same range (maybe without rows)."""
         self._part, self._bins = part, part.bins
-        self._ends = _frame(endpoints)
+        self._ends = frame(endpoints)
         self._by_service: dict[ServicePort, pd.DataFrame] = {
             _named(*key): group
             for key, group in self._ends.groupby(
                 ["dst_namespace", "dst_service", "dst_service_port", "protocol"], dropna=False
             )
         }
-        self.lost = lost(coverage)
-        self.gaps = gaps(coverage)
+        self.losses = losses(coverage)
         self.interval_s = float(pc.max(coverage["interval_s"]).as_py() or 60) if len(coverage) else 60.0
         self._services = self._whose()
         # Cells are in the order of their routes: those of a route are one slice.
@@ -99,7 +101,8 @@ class Situations:
             affinity=bool((ends["session_affinity"] == "ClientIP").any()) if known else None,
             local=bool((ends["internal_policy"] == "Local").any()) if known else None,
             hinted=bool(ends["hint_zones"].notna().any()) if known else None,
-            lost=self.lost,
+            lost={node: each.lost / max(1, each.emitted) for node, each in self.losses.items() if each.lost},
+            gaps={node: each.gap_s / each.watched_s for node, each in self.losses.items() if each.gap_s},
             interval_s=self.interval_s,
             client_column=column,
         )
@@ -130,7 +133,7 @@ class Situations:
 
     def _cells(
         self, virtual: list[int], direct: list[int], place: dict[tuple[str, int], int]
-    ) -> tuple[pd.DataFrame, list[str], str, list[str]]:
+    ) -> tuple[dict[str, Ints], list[str], str, list[str]]:
         """The cells of some routes; names of clients, their column in connections, names of nodes."""
         part, routes = self._part, self._part.routes
         chosen = np.array(sorted({*virtual, *direct}), dtype=np.int64)
@@ -143,31 +146,36 @@ class Situations:
         node, nodes = _coded([str(each[_NODE]) for each in told])
         at = np.searchsorted(chosen, keys.route)
         backend = np.array([place.get((routes[i][_IP], routes[i][_PORT]), -1) for i in chosen], dtype=np.int64)
-        cells = pd.DataFrame(
-            {
-                "bin": keys.bin,
-                "client": client[source],
-                "node": node[source],
-                "backend": backend[at],
-                "direct": np.isin(chosen, direct)[at],
-                "socket": np.array([bool(routes[i][_SOCKET]) for i in chosen])[at],
-            }
-            | {name: part.sums[name][rows] if name in part.sums else np.int64(0) for name in COUNTS}
-        )
-        return cells.groupby(list(KEYS), as_index=False)[list(COUNTS)].sum(), clients, column, nodes
+        socket = np.array([bool(routes[i][_SOCKET]) for i in chosen])
+        told_by = {
+            "bin": (keys.bin, part.bins.count),
+            "client": (client[source], len(clients)),
+            "node": (node[source], len(nodes)),
+            "backend": (backend[at] + 1, len(place) + 1),
+            "direct": (np.isin(chosen, direct)[at].astype(np.int64), 2),
+            "socket": (socket[at].astype(np.int64), 2),
+        }
+        # Several routes may lead to one backend (two virtual addresses), several sources be one client.
+        cell, example = numbered(list(told_by.values()))
+        cells = {name: codes[example] for name, (codes, _) in told_by.items()}
+        cells["backend"] -= 1
+        for name in COUNTS:
+            counted = part.sums[name][rows] if name in part.sums else np.zeros(len(rows), np.int64)
+            cells[name] = summed(cell, counted, len(example))
+        return cells, clients, column, nodes
 
     def _backends(self, routes: list[int], ends: pd.DataFrame) -> pd.DataFrame:
-        """A row per backend: of the endpoints, and of the rows."""
-        names = {"backend_ip": "ip", "backend_port": "port", "backend_pod": "pod", "backend_workload": "workload",
-                 "backend_node": "node", "backend_zone": "zone"}  # fmt: skip
+        """A row per backend: of the endpoints, and of the rows. What somebody knows of one is known."""
+        told = list(zip(*(ends[name] for name in _TOLD), strict=True))
         seen = [self._part.routes[i] for i in routes]
-        others = pd.DataFrame(
-            [(r[_IP], r[_PORT], r[_POD], None, None, None) for r in seen if r[_IP] is not None],
-            columns=list(names),
-        )
-        both = pd.concat([ends[list(names)].astype(object), others.astype(object)]).rename(columns=names)
-        known: pd.DataFrame = both.groupby(["ip", "port"], sort=True, as_index=False).first()
-        return known.astype(object).where(known.notna(), None)
+        told += [(r[_IP], r[_PORT], r[_POD], None, None, None) for r in seen if r[_IP] is not None]
+        known: dict[tuple[str, int], list[object]] = {}
+        for ip, port, *rest in told:
+            found = known.setdefault((ip, int(port)), [None] * len(rest))
+            for place, name in enumerate(rest):
+                found[place] = name if found[place] is None else found[place]
+        backends = [(*at, *known[at]) for at in sorted(known)]
+        return pd.DataFrame(backends, columns=["ip", "port", "pod", "workload", "node", "zone"], dtype=object)
 
     @functools.cached_property
     def _zones(self) -> dict[str, str]:
@@ -205,66 +213,6 @@ def _coded(names: list[str]) -> tuple[Any, list[str]]:
     different = sorted(set(names))
     place = {name: i for i, name in enumerate(different)}
     return np.array([place[name] for name in names], dtype=np.int64), different
-
-
-def _frame(table: pa.Table) -> pd.DataFrame:
-    """A frame with plain strings (objects, None for null), and times as nanoseconds."""
-    columns = {}
-    for field, column in zip(table.schema, table.columns, strict=True):
-        if pa.types.is_dictionary(field.type):
-            columns[field.name] = pd.Series(column.cast(pa.string()).to_numpy(zero_copy_only=False), dtype=object)
-        elif pa.types.is_timestamp(field.type):
-            columns[field.name] = pd.Series(column.cast(pa.int64()).to_numpy())
-        else:
-            columns[field.name] = column.to_pandas()
-    return pd.DataFrame(columns)
-
-
-def ready(ends: pd.DataFrame, place: dict[tuple[str, int], int], bins: Bins) -> Floats:
-    """Bins by backends: the part of each bin covered by the intervals in which the backend was ready.
-
-    Every node tells of the same endpoint: the union of their intervals counts.
-    """
-    edges = bins.begin_ns + np.arange(bins.count + 1) * bins.width_ns
-    found = np.zeros((bins.count, len(place)))
-    taken = ends[ends["ready"].astype(bool) & ~ends["terminating"].astype(bool)]
-    for at, group in taken.groupby(["backend_ip", "backend_port"]):
-        began, ended = _union(group["started"].to_numpy(np.int64), group["ts"].to_numpy(np.int64))
-        # Covered time up to each edge: whole intervals before it, and what has passed of the one it is in.
-        before = np.searchsorted(began, edges, side="right")
-        lengths = np.concatenate(([0], np.cumsum(ended - began)))
-        over = np.where(before > 0, np.maximum(0, ended[np.maximum(before - 1, 0)] - edges), 0)
-        found[:, place[at]] = np.diff(lengths[before] - over) / bins.width_ns  # type: ignore[index]
-    return np.clip(found, 0.0, 1.0)
-
-
-def _union(began: Any, ended: Any) -> tuple[Any, Any]:
-    """Intervals (n,) as disjoint ones in the order of time."""
-    order = np.argsort(began, kind="stable")
-    began, reach = began[order], np.maximum.accumulate(ended[order])
-    first = np.ones(len(began), dtype=bool)
-    first[1:] = began[1:] > reach[:-1]
-    last = np.append(np.flatnonzero(first)[1:] - 1, len(began) - 1)
-    return began[first], reach[last]
-
-
-def lost(coverage: pa.Table) -> float:
-    """Rows lost on all nodes, as a part of rows lost and emitted."""
-    gone = sum(pc.sum(coverage[name]).as_py() or 0 for name in LOSSES)
-    emitted = pc.sum(coverage["emitted"]).as_py() or 0
-    return float(gone / (gone + emitted)) if gone else 0.0
-
-
-def gaps(coverage: pa.Table) -> dict[str, float]:
-    """Seconds between each node's first and last row of coverage in which nothing was observed, where there are any."""
-    told = _frame(coverage.select(["node", "started", "ts"]))
-    found: dict[str, float] = {}
-    for node, group in told.groupby("node"):
-        began, ended = _union(group["started"].to_numpy(np.int64), group["ts"].to_numpy(np.int64))
-        missing = int((began[1:] - ended[:-1]).sum())
-        if missing:
-            found[str(node)] = missing / _NS
-    return found
 
 
 def matching(ports: Iterable[ServicePort], wanted: str) -> list[ServicePort]:

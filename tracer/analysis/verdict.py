@@ -12,7 +12,7 @@ import numpy as np
 
 from tracer.analysis.causes.explain import by_chance, distance, units
 from tracer.analysis.causes.hypothesis import CALLED, percent
-from tracer.analysis.causes.missing import filled
+from tracer.analysis.causes.missing import filled, unseen
 from tracer.analysis.causes.situation import MEASURES, Floats, Situation
 
 #: A skew that matters: this part of the load would have to go elsewhere, or a backend has this ratio to its fair share
@@ -35,9 +35,10 @@ class Test:
 
     `effect` is the part of the load that would have to go elsewhere, `ratio` the largest load over the fair one,
     `least` the smallest; `p` the probability of such a split by chance, `q` the same, adjusted for all that is tested;
-    `picks` the effective number of independent picks, `chance` the effect that chance alone makes of so
-    many; `clumped` how much more connections vary from client to client than independent picks do (1: not at all);
-    `effect_at_least` the effect had everything unseen gone where load is lacking.
+    `picks` the effective number of independent picks, `chance` the effect that chance alone makes of so many; `clumped`
+    how much more connections vary from client to client than independent picks do (1: not at all), and `p_clumped` the
+    probability if every pick stood for so many; `effect_at_least` the effect had everything unseen gone where load is
+    lacking.
     """
 
     measure: str
@@ -48,6 +49,7 @@ class Test:
     picks: float
     chance: float
     clumped: float
+    p_clumped: float
     effect_at_least: float
     q: float = 1.0
 
@@ -60,6 +62,11 @@ class Test:
     def proven(self) -> bool:
         """Whether a skew that matters is beyond chance."""
         return self.matters and self.q <= DISCOVERIES[self.measure]
+
+    @property
+    def stands(self) -> bool:
+        """Whether a proven skew would be one too had all that was not seen gone where load is lacking."""
+        return self.proven and self.effect_at_least >= min(SKEWED, self.effect) / 2
 
     @property
     def hidden(self) -> bool:
@@ -85,8 +92,7 @@ def test_of(situation: Situation, measure: str) -> Test | None:
     entitled = situation.entitled
     ratios = load[entitled] / even[entitled]
     picks = units(situation, measure)
-    unseen = float(situation.column(MEASURES[measure])[~situation.known].sum())
-    unseen += (load.sum() + unseen) * situation.lost / max(1e-9, 1 - situation.lost)
+    clumped = clumping(situation)
     return Test(
         measure=measure,
         effect=distance(load, even),
@@ -95,8 +101,9 @@ def test_of(situation: Situation, measure: str) -> Test | None:
         p=probability(load, even, picks),
         picks=picks,
         chance=by_chance(even, picks),
-        clumped=clumping(situation),
-        effect_at_least=distance(filled(load, even, unseen), even),
+        clumped=clumped,
+        p_clumped=probability(load, even, picks / clumped),
+        effect_at_least=distance(filled(load, even, unseen(situation, measure).total), even),
     )
 
 
@@ -181,41 +188,66 @@ def discoveries(tests: Sequence[Test]) -> list[Test]:
     return found
 
 
-def verdict(situation: Situation, tests: Sequence[Test]) -> Verdict:
+def verdict(tests: Sequence[Test]) -> Verdict:
     """The verdict on one service port, of its tests with their q."""
-    proven = [test for test in tests if test.proven]
-    standing = [
-        test for test in proven if test.effect_at_least >= SKEWED / 2 or test.effect_at_least >= test.effect / 2
-    ]
-    if standing:
-        reasons = [
-            f"{_say(test)}: {_chance(test.p)} by chance, of {test.picks:,.0f} independent picks." for test in standing
-        ]
-        return Verdict(UNEVEN, tuple(tests), tuple(test.measure for test in standing), tuple(reasons))
-    if proven:
-        reasons = [
-            f"{_say(test)}, but had what was lost or has no known backend gone where load is lacking, it would be "
-            f"{percent(test.effect_at_least)}."
-            for test in proven
-        ]
-        return Verdict(INCONCLUSIVE, tuple(tests), tuple(test.measure for test in proven), tuple(reasons))
-    lumpy = [test for test in tests if test.matters and test.hidden]
-    if lumpy:
-        reasons = [
-            f"{_say(test)}, but it hangs on {test.picks:,.0f} independent picks, of which chance alone makes "
-            f"{percent(test.chance)}; {needed(test):,} would tell."
-            for test in lumpy
-        ]
-        return Verdict(INCONCLUSIVE, tuple(tests), tuple(test.measure for test in lumpy), tuple(reasons))
     if not tests:
         return Verdict(INCONCLUSIVE, (), (), ("No connection began, and none moved anything, to a known backend.",))
+    for word, chosen, say in (
+        (UNEVEN, [test for test in tests if test.stands], _beyond_chance),
+        (INCONCLUSIVE, [test for test in tests if test.proven], _maybe_unseen),
+        (INCONCLUSIVE, [test for test in tests if test.matters and test.hidden], _too_few),
+    ):
+        if chosen:
+            return Verdict(word, tuple(tests), tuple(test.measure for test in chosen), tuple(map(say, chosen)))
     worst = max(tests, key=lambda test: test.effect)
-    return Verdict(BALANCED, tuple(tests), (), (f"{_say(worst)}, which is within chance or does not matter.",))
+    why = "more than by chance, but too little to matter" if worst.q <= DISCOVERIES[worst.measure] else "within chance"
+    return Verdict(BALANCED, tuple(tests), (), (f"{_say(worst)}: {why}.",))
+
+
+def unexplained(said: Verdict) -> Verdict:
+    """What remains of a verdict for which no cause was found.
+
+    Where clients repeat themselves, their connections are fewer picks than they are many; if so many fewer could have
+    made the skew by chance, nothing is proven.
+    """
+    if said.word != UNEVEN:
+        return said
+    firm = [test for test in said.tests if test.stands and test.p_clumped <= DISCOVERIES[test.measure]]
+    if firm:
+        return said
+    return dataclasses.replace(
+        said, word=INCONCLUSIVE, reasons=tuple(_clumped(test) for test in said.tests if test.stands)
+    )
 
 
 def needed(test: Test) -> int:
     """So many picks make chance's distance half of `LUMPY`: it goes with the root of their number."""
     return math.ceil(test.picks * (2 * test.chance / LUMPY) ** 2)
+
+
+def _beyond_chance(test: Test) -> str:
+    return f"{_say(test)}: {_chance(test.p)} by chance, of {test.picks:,.0f} independent picks."
+
+
+def _maybe_unseen(test: Test) -> str:
+    return (
+        f"{_say(test)}, but had what was not seen gone where load is lacking, it would be "
+        f"{percent(test.effect_at_least)}."
+    )
+
+
+def _too_few(test: Test) -> str:
+    return (
+        f"{_say(test)}, but it hangs on {test.picks:,.0f} independent picks, of which chance alone makes "
+        f"{percent(test.chance)}; {needed(test):,} would tell."
+    )
+
+
+def _clumped(test: Test) -> str:
+    return (
+        f"{_say(test)}, but clients come back to the same backends: their connections vary {test.clumped:,.0f} times "
+        f"as much as independent picks ({_chance(test.p_clumped)} by chance then)."
+    )
 
 
 def _say(test: Test) -> str:

@@ -49,31 +49,17 @@ def units(situation: Situation, measure: str, among: Mask | None = None) -> floa
     if measure == "connections":
         return float(situation.column("opened")[taken].sum())
     long_name = {"connection_time": "long_us", "bytes": "long_bytes"}[measure]
-    cells = situation.cells[taken]
-    later = cells.groupby(["client", "backend"])[[long_name, "long_rows"]].sum()
-    at_once = np.maximum(1.0, later["long_rows"].to_numpy(float) * situation.interval_s / situation.range_s)
-    short = (cells[MEASURES[measure]] - cells[long_name]).to_numpy(float)
-    opened = np.maximum(1.0, cells["opened"].to_numpy(float))
+    pair = situation.places("client")[taken] * len(situation.backends) + situation.places("backend")[taken]
+    long = situation.column(long_name)[taken]
+    short = situation.column(MEASURES[measure])[taken] - long
+    of_pair = np.bincount(pair, long)
+    rows = np.bincount(pair, situation.column("long_rows")[taken])
+    at_once = np.maximum(1.0, rows * situation.interval_s / situation.range_s)
+    opened = np.maximum(1.0, situation.column("opened")[taken])
     # Connections differ in weight within a cell too: a lognormal with sigma 1 has E[w²]/E[w]² = e.
-    squares = np.e * (short**2 / opened).sum() + (later[long_name].to_numpy(float) ** 2 / at_once).sum()
-    total = float(short.sum() + later[long_name].sum())
+    squares = np.e * (short**2 / opened).sum() + (of_pair**2 / at_once).sum()
+    total = float(short.sum() + long.sum())
     return float(total**2 / squares) if squares > 0 else 0.0
-
-
-def surprise(load: Floats, fair: Floats, units: float) -> float:
-    """How far that many independent picks are from `fair`, in standard deviations: Pearson's statistic, made normal.
-
-    Wilson and Hilferty (1931): the cube root of chi-square over its degrees of freedom is close to normal.
-    """
-    entitled = fair > 0
-    freedom = int(entitled.sum()) - 1
-    if load.sum() <= 0 or units <= 0:
-        return 0.0
-    if freedom < 1 or load[~entitled].sum() > 0:
-        return np.inf if load[~entitled].sum() * units > load.sum() else 0.0
-    p, q = load[entitled] / load.sum(), fair[entitled] / fair.sum()
-    chi_square = units * float(((p - q) ** 2 / q).sum())
-    return float((np.cbrt(chi_square / freedom) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom)))
 
 
 @dataclasses.dataclass(frozen=True)

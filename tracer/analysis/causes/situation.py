@@ -6,6 +6,7 @@ outside; everything here is arrays over bins of time, clients, nodes and backend
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ Mask = npt.NDArray[np.bool_]
 MEASURES = {"connections": "opened", "connection_time": "duration_us", "bytes": "bytes"}
 #: What counts as a failure to connect, by `result`; the others happen to connections that stood.
 FAILURES = ("refused", "timeout", "unreachable")
-#: Columns of `Situation.cells`: the keys, and the counts, all integers.
+#: Columns of `Situation.cells`: the keys (truths are 0 and 1), and the counts.
 KEYS = ("bin", "client", "node", "backend", "direct", "socket")
 COUNTS = ("opened", "long_rows", "duration_us", "long_us", "failed_us", "bytes", "long_bytes", "latency_us",
           "latencies", *FAILURES)  # fmt: skip
@@ -29,26 +30,27 @@ COUNTS = ("opened", "long_rows", "duration_us", "long_us", "failed_us", "bytes",
 class Situation:
     """One service port over a range of time.
 
-    `cells`: one row per combination of `KEYS` with the sums of `COUNTS`. `bin` is the place of the time bin, `client`,
-    `node`, `backend` are places in `clients`, `nodes`, `backends` (-1: the backend is unknown); `direct`: the client
-    dialled the backend's own address, not the virtual one; `socket`: rewritten at connect(). `opened` counts
-    connections that began, `long_*` what belongs to rows that do not hold a whole connection (those longer than the
-    reporting interval), `failed_us` the time of rows that ended as one of `FAILURES` (which also are columns) or
-    in which nothing came back (no handshake, no packet), `latency_us` and `latencies` the sum and number of known
-    connect latencies.
+    `cells`: columns of n cells, one cell per combination of `KEYS`, with the sums of `COUNTS`. `bin` is the place of
+    the time bin, `client`, `node`, `backend` are places in `clients`, `nodes`, `backends` (-1: the backend is unknown);
+    `direct`: the client dialled the backend's own address, not the virtual one; `socket`: rewritten at connect().
+    `opened` counts connections that began, `long_*` what belongs to rows that do not hold a whole connection (those
+    longer than the reporting interval), `failed_us` the time of rows that ended as one of `FAILURES` (which also are
+    columns) or in which nothing came back (no handshake, no packet), `latency_us` and `latencies` the sum and number of
+    known connect latencies.
 
     `backends`: a row per backend with ip, port, pod, workload, node, zone (None where unknown).
     `ready`: bins by backends, the part of the bin in which the backend was to get connections; None: nobody knows.
     `affinity`, `local`, `hinted`: whether the service has ClientIP affinity, a Local traffic policy, zone hints; None
-    where nobody knows. `lost`: rows lost on all nodes over rows seen and lost; `bin_s`, `range_s`, `interval_s` (the
-    agents' reporting interval) in seconds. `client_column` is the column of the connections table that names clients.
+    where nobody knows. `lost`: of each node that lost any, rows lost over rows seen; `gaps`: of each node that was not
+    watched all the time, the time it was not over that it was. `bin_s`, `range_s`, `interval_s` (the agents' reporting
+    interval) in seconds. `client_column` is the column of the connections table that names clients.
     """
 
     service: str
     protocol: str
     bin_s: float
     range_s: float
-    cells: pd.DataFrame
+    cells: Mapping[str, npt.NDArray[np.int64]]
     clients: list[str]
     nodes: list[str]
     node_zones: list[str | None]
@@ -57,17 +59,18 @@ class Situation:
     affinity: bool | None = None
     local: bool | None = None
     hinted: bool | None = None
-    lost: float = 0.0
+    lost: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    gaps: Mapping[str, float] = dataclasses.field(default_factory=dict)
     interval_s: float = 60.0
     client_column: str = "src_pod"
 
     def column(self, name: str) -> Floats:
-        """A column of the cells as floats: n cells."""
+        """A column of the cells as floats (n,)."""
         return np.asarray(self.cells[name], dtype=np.float64)
 
     def places(self, name: str) -> npt.NDArray[np.int64]:
-        """A key of the cells as integers: n cells."""
-        return np.asarray(self.cells[name], dtype=np.int64)
+        """A key of the cells (n,)."""
+        return self.cells[name]
 
     @functools.cached_property
     def known(self) -> Mask:
