@@ -67,4 +67,4 @@ def test_loads_by_client_node_and_zone() -> None:
     ]
     assert balance.grouped(known, "node")["connections"].tolist() == [40, 5]
     assert balance.grouped(known, "zone")["connections"].tolist() == [30, 15]
-    assert balance.over_time(known, "bytes").sum() == 15
+    assert balance.depth(known).over_time["bytes"].sum() == 15

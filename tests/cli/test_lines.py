@@ -9,8 +9,9 @@ from command_world import EPOCH, HOSTILE, named, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracer.cli.lines import FORMATS, bytes_text, endpoint_text, line, printable, render, time_text
+from tracer.cli.lines import FORMATS, endpoint_text, line, render
 from tracer.record import Flag, Nat
+from tracer.words import bytes_text, printable, time_text
 
 TEXTS = ("comm", "src_pod", "src_namespace", "dst_service", "dst_namespace", "backend_pod", "result", "node", "dst_ip")
 

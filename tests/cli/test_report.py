@@ -43,7 +43,9 @@ def test_the_answer_comes_first(late: Path) -> None:
     done = run("report", late)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[2].startswith("shop/web:80/tcp is uneven: late-backend. ")
+    assert lines[2].startswith("shop/web:80/tcp is uneven: web-")
+    assert " times its even share of the " in lines[2]
+    assert ". Cause: late-backend. " in lines[2]
     table = [line.split()[:2] for line in lines if line.startswith("shop/") and "/tcp  " in line]
     assert table == [["shop/web:80/tcp", "uneven"], ["shop/neighbour:80/tcp", "balanced"]]
     assert "Nothing is wrong with the balancing" in done.stdout

@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from tracer.analysis.causes.situation import FAILURES, MEASURES, Floats, Situation
@@ -41,7 +40,7 @@ def inequality(loads: Floats) -> Inequality:
 
 
 def per_backend(situation: Situation) -> pd.DataFrame:
-    """A row per backend, the busiest first.
+    """A row per backend, the busiest first (by new connections, then connection time).
 
     backend (its pod, or address and port), ip, port, node, zone; connections (that began), open (connections at once on
     the average: connection time over the range), connection_time_s, bytes, failures (refused, timed out, unreachable),
@@ -77,8 +76,7 @@ def per_backend(situation: Situation) -> pd.DataFrame:
         | {f"{measure}_share": shares(load) for measure, load in loads.items()}
         | {"fair_share": shares(fair), "endpoint": situation.entitled}
     )
-    return frame.sort_values(["connections", "connection_time_s", "backend"], ascending=[False, False, True],
-                             ignore_index=True)  # fmt: skip
+    return frame.iloc[_busiest(situation)].reset_index(drop=True)
 
 
 def shares(load: Floats) -> Floats:
@@ -110,11 +108,54 @@ def grouped(situation: Situation, by: str) -> pd.DataFrame:
     return found.sort_values(["connections", "bytes"], ascending=False).reset_index()
 
 
-def over_time(situation: Situation, measure: str) -> npt.NDArray[np.float64]:
-    """Load of a measure by bin and backend: (bins, backends)."""
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """Where a service port's load came from, and when; backends in the order of `per_backend`.
+
+    `groups`: the frames of `grouped`, by client, node and zone. `over_time`: of each measure, bins by backends.
+    `clients` and `by_client`: the busiest clients, and their new connections by backend; `others`: how many more there
+    are.
+    """
+
+    groups: dict[str, pd.DataFrame]
+    over_time: dict[str, Floats]
+    clients: list[str]
+    by_client: Floats
+    others: int
+
+
+def depth(situation: Situation, most_clients: int = 20) -> Depth:
+    """All that a closer look at one service port shows."""
+    order = _busiest(situation)
     known = situation.known
     bins = max(1, int(np.ceil(situation.range_s / situation.bin_s)))
-    table = np.zeros((bins, len(situation.backends)))
-    np.add.at(table, (situation.places("bin")[known], situation.places("backend")[known]),
-              situation.column(MEASURES[measure])[known])  # fmt: skip
-    return table
+    over_time = {}
+    for measure, column in MEASURES.items():
+        table = np.zeros((bins, len(order)))
+        np.add.at(
+            table,
+            (situation.places("bin")[known], situation.places("backend")[known]),
+            situation.column(column)[known],
+        )
+        over_time[measure] = table[:, order]
+    by_client = np.zeros((len(situation.clients), len(order)))
+    np.add.at(
+        by_client,
+        (situation.places("client")[known], situation.places("backend")[known]),
+        situation.column("opened")[known],
+    )
+    busiest = np.argsort(-by_client.sum(axis=1), kind="stable")[:most_clients]
+    return Depth(
+        {by: grouped(situation, by) for by in ("client", "node", "zone")},
+        over_time,
+        [situation.clients[i] for i in busiest],
+        by_client[busiest][:, order],
+        len(situation.clients) - len(busiest),
+    )
+
+
+def _busiest(situation: Situation) -> list[int]:
+    """Places of the backends, the busiest first: by connections, connection time, name."""
+    loads = (situation.load("connections"), situation.load("connection_time"))
+    names = [situation.backend_name(i) for i in range(len(situation.backends))]
+    return sorted(range(len(names)), key=lambda i: (*(-load[i] for load in loads), names[i]))

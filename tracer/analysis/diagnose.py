@@ -6,7 +6,7 @@ Reads the three tables, has the connections counted, and asks balance, verdict a
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from tracer import schema
 from tracer.analysis import balance, cause, endpoints, gather, situations
-from tracer.analysis.causes.hypothesis import Hypothesis
+from tracer.analysis.balance import Depth, Inequality
+from tracer.analysis.causes.hypothesis import CALLED, Hypothesis
 from tracer.analysis.causes.situation import MEASURES, Situation
 from tracer.analysis.gather import Counted
 from tracer.analysis.partial import Bins
@@ -23,6 +24,7 @@ from tracer.analysis.situations import ServicePort, Situations
 from tracer.analysis.verdict import (
     BALANCED,
     INCONCLUSIVE,
+    RATIO,
     UNEVEN,
     Test,
     Verdict,
@@ -46,19 +48,44 @@ KEPT_CELLS = 1_000_000
 class Finding:
     """What is found of one service port. `causes`: the most likely first; empty is an answer too.
 
-    `backends` as `balance.per_backend` makes it.
+    `service`: namespace/name:port/protocol, or the address; `backends` as `balance.per_backend` makes it; `inequality`
+    of each measure, over the backends that were to share it; `depth` is there if the load is uneven, or if the service
+    was asked for.
     """
 
     port: ServicePort
-    situation: Situation
+    service: str
     verdict: Verdict
     causes: tuple[Hypothesis, ...]
     backends: pd.DataFrame
+    inequality: Mapping[str, Inequality]
+    depth: Depth | None
 
     @property
-    def service(self) -> str:
-        """namespace/name:port/protocol, or the address."""
-        return self.situation.service
+    def headline(self) -> str:
+        """Which backend stands out, of the measure that is most uneven; empty if none is uneven."""
+        tests = [test for test in self.verdict.tests if test.measure in self.verdict.measures]
+        if not tests:
+            return ""
+        worst = max(tests, key=lambda test: test.effect)
+        mine = self.backends[self.backends["endpoint"]]
+        share = mine[f"{worst.measure}_share"] * len(mine)
+        least = share.max() < RATIO
+        name = mine["backend"].iloc[int(share.argmin() if least else share.argmax())]
+        times = f"only {share.min():.2g}" if least else f"{share.max():.1f}"
+        return f"{name} has {times} times its even share of the {CALLED[worst.measure]}"
+
+    @property
+    def answer(self) -> str:
+        """The answer, in a sentence or two: verdict, who stands out, and why."""
+        word, reason = self.verdict.word, self.verdict.reasons[0]
+        if word == BALANCED:
+            return f"{self.service} is {word}. {reason}"
+        if word == INCONCLUSIVE:
+            may = f" It may be {self.causes[0].name}: {self.causes[0].sentence}" if self.causes else ""
+            return f"{self.service} is {word}. {reason}{may}"
+        why = f"{self.causes[0].name}. {self.causes[0].sentence}" if self.causes else f"no cause found. {reason}"
+        return f"{self.service} is {word}: {self.headline}. Cause: {why}"
 
     @property
     def severity(self) -> float:
@@ -142,7 +169,8 @@ def diagnose(
             f"no connections to a service {service} in this range; `vip-tracer report` lists those there are"
         )
     findings = sorted(
-        _findings(known, set(chosen)), key=lambda f: (_ORDER.index(f.verdict.word), -f.severity, f.service)
+        _findings(known, set(chosen), deep=service is not None),
+        key=lambda f: (_ORDER.index(f.verdict.word), -f.severity, f.service),
     )
     nodes = tuple(sorted({str(source[0]) for source in part.sources}))
     return Diagnosis(tuple(findings), part.bins, rows, nodes, tuple(warnings))
@@ -158,7 +186,7 @@ def last_moment(root: Path) -> int:
     return int(end)
 
 
-def _findings(known: Situations, chosen: set[ServicePort]) -> Iterator[Finding]:
+def _findings(known: Situations, chosen: set[ServicePort], deep: bool) -> Iterator[Finding]:
     """Tests everything first, for false discoveries are reckoned over all; then the causes of what was chosen.
 
     Situations are kept in between as far as `KEPT_CELLS` allows: all at once may be too large.
@@ -178,15 +206,24 @@ def _findings(known: Situations, chosen: set[ServicePort]) -> Iterator[Finding]:
     adjusted = discoveries(tests)
     for port, first, last in tested:
         if port in chosen:
-            yield _finding(port, kept.pop(port) if port in kept else known.of(port), adjusted[first:last])
+            yield _finding(port, kept.pop(port) if port in kept else known.of(port), adjusted[first:last], deep)
 
 
-def _finding(port: ServicePort, situation: Situation, tests: Sequence[Test]) -> Finding:
+def _finding(port: ServicePort, situation: Situation, tests: Sequence[Test], deep: bool) -> Finding:
     said = verdict(tests)
     causes = cause.hypotheses(situation, said.measures) if said.measures else []
     if not causes:
         said = unexplained(said)
-    return Finding(port, situation, said, tuple(causes), balance.per_backend(situation))
+    entitled = situation.entitled
+    return Finding(
+        port=port,
+        service=situation.service,
+        verdict=said,
+        causes=tuple(causes),
+        backends=balance.per_backend(situation),
+        inequality={measure: balance.inequality(situation.load(measure)[entitled]) for measure in MEASURES},
+        depth=balance.depth(situation) if deep or said.word == UNEVEN else None,
+    )
 
 
 def _tables(

@@ -16,12 +16,12 @@ from tracer import __version__
 from tracer.cli.agent import agent
 from tracer.cli.demo import demo
 from tracer.cli.doctor import doctor
-from tracer.cli.lines import printable
 from tracer.cli.name import name
 from tracer.cli.observe import observe
 from tracer.cli.report import report
 from tracer.cli.schema import schema
 from tracer.errors import NoDataError, TracerError, UsageError
+from tracer.words import printable
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
 

@@ -4,14 +4,12 @@ Versioned; written whole or not at all. How values are written and checked is `t
 the state at the time of the snapshot is kept: the dataset has its past in its own table.
 """
 
-import contextlib
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from tracer.errors import TracerError
+from tracer.files import write_whole
 from tracer.naming.book import Book
 from tracer.naming.holders import Address, NodePort, ServiceName, Virtual
 from tracer.naming.intervals import Intervals
@@ -49,17 +47,7 @@ def save(book: Book, path: Path, now_ns: int) -> None:
             [encode(key_type, key), max(held.begin, 0), held.end, encode(value_type, held.value)]
             for key, held in getattr(book, name)
         ]
-    hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with hidden.open("w", encoding="ascii") as file:
-            json.dump(content, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        hidden.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            hidden.unlink()
-        raise TracerError(f"cannot write {path}: {error.strerror}; choose a directory that can be written") from error
+    write_whole(path, lambda file: json.dump(content, file, separators=(",", ":")), "ascii")
 
 
 def load(path: Path) -> Book:

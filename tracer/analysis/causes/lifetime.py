@@ -37,10 +37,12 @@ def long_lived(situation: Situation, measure: str) -> Iterator[Hypothesis]:
                "independent_picks": units(situation, measure), "before": explained.before,
                "after": explained.after}  # fmt: skip
     known = (
-        f"{percent_of(part, measure)} is in connections longer than "
-        f"{situation.interval_s:.0f} s, about {at_once:.0f} at once"
+        f"{percent_of(part, measure)} is in connections longer than {situation.interval_s:.0f} s"
+        f", about {at_once:.0f} at once"
     )
     rows = (("opened", "==", False),)
+    heaviest = some([situation.clients[i] for i in order[:few]])
+    whose = f", most of it of {heaviest}" if few <= FEW else ""
     if situation.protocol == "udp":
         yield Hypothesis(
             "udp-pinning",
@@ -50,13 +52,12 @@ def long_lived(situation: Situation, measure: str) -> Iterator[Hypothesis]:
             numbers,
             rows,
         )
-    elif few <= FEW:
-        names = some([situation.clients[i] for i in order[:few]])
+    elif few <= FEW and distance(situation.load(measure, values=long), fair) <= CHANCE * by_chance(fair, at_once):
         yield Hypothesis(
             "few-clients",
             fully,
-            f"{known}, most of it of {few} clients ({names}): too few to average out.",
-            f"Let {names} spread their work over more connections, or renew them now and then.",
+            f"{known}, most of it of {heaviest}: too few to average out.",
+            f"Spread the work of {heaviest} over more connections, or have them renewed now and then.",
             numbers,
             rows,
         )
@@ -64,7 +65,7 @@ def long_lived(situation: Situation, measure: str) -> Iterator[Hypothesis]:
         yield Hypothesis(
             "long-lived-connections",
             fully,
-            f"{known}; new connections are {percent(uneven)} from even, those long ones are not.",
+            f"{known}{whose}; new connections are {percent(uneven)} from even.",
             "Bound the life of connections (max connection age at the server, keep-alive limits at the client), or "
             "balance requests instead of connections (a proxy that knows HTTP/2 or gRPC).",
             numbers,
