@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tracer import schema
 from tracer.analysis import gather, partial
+from tracer.analysis.gather import Counted
 from tracer.analysis.partial import Bins, Partial
 
 BEGIN = 1_785_456_000 * 10**9
@@ -94,7 +95,7 @@ def test_a_whole_dataset_is_that_of_another_program(tmp_path: Path) -> None:
         parts.append(gather.count(paths[-1], bins))
     assert len(parts) > 3
     theirs = duckdb.execute(by_duckdb.query(paths, bins)).fetchall()
-    assert as_dict(gather.together(parts, bins, pytest.fail)) == {
+    assert as_dict(gather.together(parts, bins).part) == {
         row[:16]: dict(zip(partial.SUMS, row[16:], strict=True)) for row in theirs
     }
 
@@ -134,13 +135,13 @@ def test_more_cells_than_allowed_are_put_into_wider_bins(monkeypatch: pytest.Mon
     assert len(fine) == 70
     monkeypatch.setattr(gather, "MOST_CELLS", 40)
     monkeypatch.setattr(gather, "WAITING_CELLS", 20)
-    found = [gather.together(order, BINS, pytest.fail) for order in _orders([counted(rows[i::5]) for i in range(5)])]
+    found = [gather.together(order, BINS).part for order in _orders([Counted(counted(rows[i::5])) for i in range(5)])]
     for each in found:
         assert each.bins.width_ns == 2 * BINS.width_ns
         assert as_dict(each) == as_dict(partial.coarser(fine))
 
 
-def _orders(parts: list[Partial]) -> list[list[Partial]]:
+def _orders(parts: list[Counted]) -> list[list[Counted]]:
     return [parts, parts[::-1], [*parts[2:], *parts[:2]]]
 
 

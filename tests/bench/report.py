@@ -221,7 +221,7 @@ def main() -> None:
         count = (
             "from pathlib import Path; from tracer.analysis import gather; from tracer.store import reader\n"
             f"bins = gather.bins_for({bins.begin_ns}, {bins.end_ns})\n"
-            f"gather.together(gather.local(reader.files(Path({str(root)!r})), bins), bins, print)"
+            f"gather.together(gather.local(reader.files(Path({str(root)!r})), bins), bins)"
         )
         counted = timed(count)
         print(f"its counting alone   {counted[0]:>7.1f} s {counted[1]:>7,.0f} MB")

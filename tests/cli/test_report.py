@@ -6,29 +6,10 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 from analysis import agents, cases, habits, troubles
 from command_world import HOSTILE, dataset, named, rows, run, sentence
-
-from tracer.store import layout
-
-
-def publish(root: Path, tables: dict[str, pa.Table]) -> list[Path]:
-    """Writes tables as agents do: a file per table, node and hour."""
-    made = []
-    for name, content in tables.items():
-        hours = pc.divide(content["ts"].cast(pa.int64()), layout.HOUR_NS)
-        for hour in pc.unique(hours).to_pylist():
-            for node in pc.unique(content["node"].cast(pa.string())).to_pylist():
-                mine = pc.and_(pc.equal(hours, hour), pc.equal(content["node"].cast(pa.string()), node))
-                where = layout.partition(root, name, hour)
-                where.mkdir(parents=True, exist_ok=True)
-                begin = hour * layout.HOUR_NS
-                made.append(where / layout.published_name(node, begin, "0123456789ab", len(made)))
-                pq.write_table(content.filter(mine), made[-1])
-    return made
+from datasets import publish
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +116,29 @@ def test_a_newer_minor_schema_and_a_lacking_column(tmp_path: Path) -> None:
 
 def test_an_empty_directory_is_exit_code_3(tmp_path: Path) -> None:
     assert "no connections" in sentence(run("report", tmp_path), 3)
+
+
+def test_the_page_is_written_whole_or_not_at_all(late: Path, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    done = run("report", late, "--html", target)
+    assert done.returncode == 0, done.stderr
+    assert target.read_text().startswith("<!doctype html>")
+    assert target.read_text().rstrip().endswith("</html>")
+    assert list(tmp_path.iterdir()) == [target]
+    assert "cannot write" in sentence(run("report", late, "--html", tmp_path / "missing" / "report.html"), 1)
+
+
+def test_a_place_that_is_none(tmp_path: Path) -> None:
+    assert "no directory" in sentence(run("report", tmp_path / "missing"), 3)
+    assert "cannot be opened" in sentence(run("report", "nonsense://bucket"), 2)
+    assert "no connections in file:///missing" in sentence(run("report", "file:///missing"), 3)
+
+
+def test_an_address_is_read_like_a_directory(late: Path) -> None:
+    here, there = (run("report", place, "-o", "json").stdout for place in (late, late.as_uri()))
+    assert json.loads(here)["services"] == json.loads(there)["services"]
+
+
+def test_engines_go_with_their_options(late: Path) -> None:
+    assert "--scheduler" in sentence(run("report", late, "--engine", "dask"), 2)
+    assert "--scheduler" in sentence(run("report", late, "--engine", "local", "--scheduler", "tcp://127.0.0.1:1"), 2)

@@ -6,8 +6,7 @@ Reads the three tables, has the connections counted, and asks balance, verdict a
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
 import pyarrow as pa
@@ -18,7 +17,7 @@ from tracer.analysis import balance, cause, endpoints, gather, situations
 from tracer.analysis.balance import Depth, Inequality
 from tracer.analysis.causes.hypothesis import CALLED, Hypothesis
 from tracer.analysis.causes.situation import MEASURES, Situation
-from tracer.analysis.gather import Counted
+from tracer.analysis.gather import Engine
 from tracer.analysis.partial import Bins
 from tracer.analysis.situations import ServicePort, Situations
 from tracer.analysis.verdict import (
@@ -36,9 +35,8 @@ from tracer.analysis.verdict import (
 from tracer.analysis.watched import COLUMNS
 from tracer.errors import NoDataError, TracerError
 from tracer.store import reader
+from tracer.store.roots import Root
 
-#: Counts files: `gather.local`, or another engine's.
-Engine = Callable[[Sequence[Path], Bins], Generator[Counted, None, None]]
 _ORDER = (UNEVEN, INCONCLUSIVE, BALANCED)
 #: Cells of situations that are kept between testing and looking for causes, some 200 bytes each.
 KEPT_CELLS = 1_000_000
@@ -109,7 +107,7 @@ class Diagnosis:
 
 
 def diagnose(
-    root: Path,
+    root: Root,
     begin_ns: int | None = None,
     end_ns: int | None = None,
     service: str | None = None,
@@ -127,7 +125,7 @@ def diagnose(
         service: ``namespace/name`` or a virtual address: findings of this one only (all are tested, for false
             discovery must be reckoned over all).
         strict: a file that cannot be read is an error.
-        engine: counts the files.
+        engine: counts the files: `gather.local`, or another.
         progress: is told how many of how many files are done.
 
     Raises:
@@ -145,16 +143,14 @@ def diagnose(
     coverage = pa.concat_tables([schema.arrow("coverage").empty_table().select(COLUMNS), *watched])
     bins = _range(root, coverage, begin_ns, end_ns)
     paths = reader.files(root, "connections", bins.begin_ns, bins.end_ns + 1)
-    done = 0
-
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        progress(done, len(paths))
-
     with contextlib.closing(engine(paths, bins)) as counted:
-        part = gather.together(counted, bins, failed, one_more)
+        all_of_it = gather.together(counted, bins, lambda done: progress(done, len(paths)))
+    for error in sorted(all_of_it.failures, key=str):
+        failed(error)
+    part = all_of_it.part
     rows = int(part.sum("rows").sum())
+    if not rows and len(all_of_it.failures) == len(paths):
+        raise all_of_it.failures[0]
     if not rows:
         raise NoDataError(f"no rows between {_text(bins.begin_ns)} and {_text(bins.end_ns)} in {root}; widen the range")
     told = _tables(root, "endpoints", bins.begin_ns, bins.end_ns, failed, endpoints.COLUMNS)
@@ -176,7 +172,7 @@ def diagnose(
     return Diagnosis(tuple(findings), part.bins, rows, nodes, tuple(warnings))
 
 
-def last_moment(root: Path) -> int:
+def last_moment(root: Root) -> int:
     """When a dataset ends, by its last coverage, or else its last file: ns since the epoch. Raises NoDataError."""
     try:
         last = reader.files(root, "coverage")[-1]
@@ -227,7 +223,7 @@ def _finding(port: ServicePort, situation: Situation, tests: Sequence[Test], dee
 
 
 def _tables(
-    root: Path,
+    root: Root,
     table: str,
     begin_ns: int | None,
     end_ns: int | None,
@@ -246,7 +242,7 @@ def _tables(
             failed(error)
 
 
-def _range(root: Path, coverage: pa.Table, begin_ns: int | None, end_ns: int | None) -> Bins:
+def _range(root: Root, coverage: pa.Table, begin_ns: int | None, end_ns: int | None) -> Bins:
     """The range asked for, within what coverage spans; without coverage, the hours that there are files of."""
     if len(coverage):
         first = pc.min(coverage["started"]).cast(pa.int64()).as_py()

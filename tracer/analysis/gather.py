@@ -5,14 +5,15 @@ the files, on who counted them, or on how many did.
 """
 
 import concurrent.futures
+import dataclasses
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
-from pathlib import Path
 
 from tracer.analysis import partial
 from tracer.analysis.partial import Bins, Partial
 from tracer.errors import TracerError
 from tracer.store import reader
+from tracer.store.roots import File
 
 #: Widths that bins may begin with, in seconds; the narrowest that makes at most `MOST_BINS` of the range.
 WIDTHS_S = (10, 30, 60, 300, 600, 900, 1800, 3600, 3 * 3600, 6 * 3600, 86_400)
@@ -22,8 +23,18 @@ MOST_CELLS = 6_000_000
 #: Cells that wait to be merged.
 WAITING_CELLS = 3_000_000
 
-#: What became of one file: its counts, or why it could not be read.
-Counted = Partial | TracerError
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What became of so many files: their counts as one, and why some could not be read."""
+
+    part: Partial
+    failures: tuple[TracerError, ...] = ()
+    files: int = 1
+
+
+#: Counts files with the given bins, in any order and in any groups.
+Engine = Callable[[Sequence[File], Bins], Generator[Counted, None, None]]
 
 
 def bins_for(begin_ns: int, end_ns: int) -> Bins:
@@ -35,18 +46,18 @@ def bins_for(begin_ns: int, end_ns: int) -> Bins:
     return Bins(begin_ns, end_ns, -(-(end_ns - begin_ns) // MOST_BINS))
 
 
-def count(path: Path, bins: Bins) -> Counted:
+def count(path: File, bins: Bins) -> Counted:
     """The counts of one file. What cannot be read is returned, not raised: one file spoils no other's."""
     try:
         parts = [partial.of_table(table, bins) for table in reader.tables(path, columns=partial.COLUMNS)]
     except TracerError as error:
-        return error
+        return Counted(partial.nothing(bins), (error,))
     if len(parts) == 1:
-        return parts[0]
-    return partial.merged(parts) if parts else partial.nothing(bins)
+        return Counted(parts[0])
+    return Counted(partial.merged(parts) if parts else partial.nothing(bins))
 
 
-def local(paths: Sequence[Path], bins: Bins) -> Generator[Counted, None, None]:
+def local(paths: Sequence[File], bins: Bins) -> Generator[Counted, None, None]:
     """The counts of each file, as they come, by as many threads as this process may use CPUs: Arrow and NumPy let go of
     the interpreter for nearly all of it."""
     workers = max(1, len(os.sched_getaffinity(0)))
@@ -62,23 +73,21 @@ def local(paths: Sequence[Path], bins: Bins) -> Generator[Counted, None, None]:
             yield future.result()
 
 
-def together(
-    counted: Iterable[Counted],
-    bins: Bins,
-    failed: Callable[[TracerError], None],
-    progress: Callable[[], None] = lambda: None,
-) -> Partial:
-    """All counts as one. `failed` is told of files that could not be read, `progress` of every file."""
+def together(counted: Iterable[Counted], bins: Bins, progress: Callable[[int], None] = lambda files: None) -> Counted:
+    """All counts as one. `progress` is told how many files are done, each time some are."""
     whole, waiting = partial.nothing(bins), list[Partial]()
+    failures: list[TracerError] = []
+    files = 0
     for each in counted:
-        if isinstance(each, TracerError):
-            failed(each)
-        elif len(each):
-            waiting.append(_as_wide(each, whole.bins))
+        failures += each.failures
+        files += each.files
+        if len(each.part):
+            waiting.append(_as_wide(each.part, whole.bins))
         if sum(map(len, waiting)) > WAITING_CELLS:
             whole, waiting = _bounded(partial.merged([whole, *waiting])), []
-        progress()
-    return _bounded(partial.merged([whole, *(_as_wide(each, whole.bins) for each in waiting)]))
+        progress(files)
+    whole = _bounded(partial.merged([whole, *(_as_wide(part, whole.bins) for part in waiting)]))
+    return Counted(whole, tuple(failures), files)
 
 
 def _bounded(part: Partial) -> Partial:

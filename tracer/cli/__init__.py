@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from tracer import __version__
 from tracer.cli.agent import agent
 from tracer.cli.demo import demo
 from tracer.cli.doctor import doctor
@@ -21,6 +20,7 @@ from tracer.cli.observe import observe
 from tracer.cli.report import report
 from tracer.cli.schema import schema
 from tracer.errors import NoDataError, TracerError, UsageError
+from tracer.version import __version__
 from tracer.words import printable
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130

@@ -15,7 +15,7 @@ from tracer.words import printable
 
 
 @click.command()
-@click.argument("dataset", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("dataset", metavar="DATASET")
 @click.option("--service", metavar="NAMESPACE/NAME", help="Only this one, in depth. Or its virtual address.")
 @click.option("--since", type=options.duration, help="Only so long before the dataset's end.")
 @click.option("--from", "begin", type=options.moment, metavar="TIME", help="Only from this time on (ISO 8601, UTC).")
@@ -27,24 +27,37 @@ from tracer.words import printable
     metavar="FILE",
     help="Write it as one page, too, that opens without a network.",
 )
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Count on the workers of this Dask scheduler: tcp://10.0.0.5:8786."
+)
+@click.option("--engine", type=click.Choice(["local", "dask"]), help="Default: dask if a scheduler is given.")
 @click.option("--strict", is_flag=True, help="A file that cannot be read is an error, not a warning.")
 def report(
-    dataset: Path, service: str | None, since: float | None, begin: int | None, end: int | None, output_format: str,
-    html: Path | None, strict: bool,
+    dataset: str, service: str | None, since: float | None, begin: int | None, end: int | None, output_format: str,
+    html: Path | None, scheduler: str | None, engine: str | None, strict: bool,
 ) -> None:  # fmt: skip
-    """Say which services of a DATASET are unevenly loaded beyond chance, why, and what to do about it.
+    """Say which services of a DATASET (a directory, or s3://bucket/prefix) are unevenly loaded, why, and what to do.
 
     Of every service port: new connections, connection time and bytes per backend, against an even split; a verdict
     (balanced, uneven, inconclusive); and its causes, the most likely first.
     """
     if since is not None and (begin is not None or end is not None):
         raise UsageError("Give --since, or --from and --to.")
-    from tracer.analysis import diagnose
+    if (engine == "dask") != (scheduler is not None) and engine is not None:
+        raise UsageError("--engine dask goes with --scheduler ADDRESS, and local without.")
+    from tracer.analysis import diagnose, gather
+    from tracer.store.roots import root_of
 
+    root = root_of(dataset)
+    counts: gather.Engine = gather.local
+    if scheduler is not None:
+        from tracer.analysis import cluster
+
+        counts = cluster.engine(scheduler)
     if since is not None:
-        begin = diagnose.last_moment(dataset) - round(since * 1e9)
+        begin = diagnose.last_moment(root) - round(since * 1e9)
     with _progress() as progress:
-        found = diagnose.diagnose(dataset, begin, end, service, strict=strict, progress=progress)
+        found = diagnose.diagnose(root, begin, end, service, strict=strict, engine=counts, progress=progress)
     for sentence in found.warnings:
         click.echo(f"vip-tracer: {printable(sentence)}", err=True)
     if html is not None:

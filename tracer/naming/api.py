@@ -20,8 +20,8 @@ from lightkube.config.client_adapter import user_auth, verify_cluster
 from lightkube.config.kubeconfig import KubeConfig, SingleConfig
 from lightkube.core.exceptions import ConfigError
 
-from tracer import __version__
 from tracer.errors import TracerError, UsageError
+from tracer.version import __version__
 
 # The library says every request at the level at which the tracer says what operators want to read.
 for _name in ("httpx2", "httpcore2", "httpx", "httpcore"):

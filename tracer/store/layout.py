@@ -46,17 +46,22 @@ def _utc(ns: int) -> datetime.datetime:
     return epoch + datetime.timedelta(microseconds=ns // 1000)
 
 
-def partition(root: Path, table: str, hour: int) -> Path:
-    """Directory of the rows whose `ts` lies in this hour (whole hours since the epoch)."""
+def hour_parts(hour: int) -> tuple[str, str]:
+    """The parts of a path that say the hour (whole hours since the epoch)."""
     when = _utc(hour * HOUR_NS)
-    return root / table / f"v{SCHEMA_VERSION}" / f"date={when:%Y-%m-%d}" / f"hour={when:%H}"
+    return f"date={when:%Y-%m-%d}", f"hour={when:%H}"
 
 
-def hour_of(path: Path) -> int:
-    """The hour, since the epoch, of a file's partition."""
-    date, hour = (part.partition("=")[2] for part in path.parts[-3:-1])
+def hour_of(parts: tuple[str, ...]) -> int:
+    """The hour, since the epoch, of a file's partition, from the parts of its path."""
+    date, hour = (part.partition("=")[2] for part in parts[-3:-1])
     when = datetime.datetime.strptime(f"{date} {hour}", "%Y-%m-%d %H").replace(tzinfo=datetime.UTC)
     return int(when.timestamp()) // 3600
+
+
+def partition(root: Path, table: str, hour: int) -> Path:
+    """Directory of the rows whose `ts` lies in this hour (whole hours since the epoch)."""
+    return root.joinpath(table, f"v{SCHEMA_VERSION}", *hour_parts(hour))
 
 
 def published_name(node: str, start_ns: int, run_id: str, number: int) -> str:

@@ -5,8 +5,9 @@ what an older one lacked is null.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,30 +15,48 @@ import pyarrow.parquet as pq
 from tracer import schema
 from tracer.errors import NoDataError, TracerError
 from tracer.store import layout
+from tracer.store.roots import File, Remote, RemoteFile, Root, source
+
+#: Published files below a table's directory.
+_BELOW = "v*/date=*/hour=*/*.parquet"
 
 
-def files(root: Path, table: str = "connections", start_ns: int | None = None, end_ns: int | None = None) -> list[Path]:
+@overload
+def files(root: Path, table: str = ..., start_ns: int | None = ..., end_ns: int | None = ...) -> list[Path]: ...
+@overload
+def files(root: Root, table: str = ..., start_ns: int | None = ..., end_ns: int | None = ...) -> list[File]: ...
+def files(
+    root: Root, table: str = "connections", start_ns: int | None = None, end_ns: int | None = None
+) -> list[Path] | list[File]:
     """Published files of a table, ordered by hour, then by start; only hours that touch [start_ns, end_ns).
 
-    Raises NoDataError if there are none.
+    Raises NoDataError if there are none, TracerError if they cannot be listed.
     """
-    first = None if start_ns is None else layout.partition(root, table, start_ns // layout.HOUR_NS).parts[-2:]
-    last = None if end_ns is None else layout.partition(root, table, (end_ns - 1) // layout.HOUR_NS).parts[-2:]
-    found = [
-        path
-        for path in root.glob(f"{table}/v*/date=*/hour=*/*.parquet")
-        if not path.name.startswith((".", "_"))
-        and (first is None or path.parts[-3:-1] >= first)
-        and (last is None or path.parts[-3:-1] <= last)
-    ]
+    first = None if start_ns is None else layout.hour_parts(start_ns // layout.HOUR_NS)
+    last = None if end_ns is None else layout.hour_parts((end_ns - 1) // layout.HOUR_NS)
+
+    def wanted(path: File) -> bool:
+        hour = path.parts[-3:-1]
+        shown = not path.name.startswith((".", "_"))
+        return shown and (first is None or hour >= first) and (last is None or hour <= last)
+
+    every: Iterable[File] = root.glob(f"{table}/{_BELOW}") if isinstance(root, Path) else _remote(root, table)
+    found = sorted(filter(wanted, every), key=lambda path: (path.parts[-3:-1], layout.start_of(path.name), path.name))
     if not found:
         raise NoDataError(
             f"no {table} in {root}; check the directory, or wait for the agent's first publication (--rotate)"
         )
-    return sorted(found, key=lambda path: (path.parts[-3:-1], layout.start_of(path.name), path.name))
+    return found
 
 
-def batches(path: Path, table: str = "connections", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+def _remote(root: Remote, table: str) -> Iterator[RemoteFile]:
+    for version in root.listed(table, recursive=False):
+        for path in root.listed(f"{table}/{version.name}", recursive=True):
+            if path.relative_to(root.base / table).match(_BELOW):
+                yield RemoteFile(root.filesystem, path)
+
+
+def batches(path: File, table: str = "connections", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The rows of one file as batches with the given columns (default all), in the schema's order.
 
     Raises TracerError if the file cannot be read or lacks a column that is never null.
@@ -49,7 +68,7 @@ def batches(path: Path, table: str = "connections", columns: Sequence[str] | Non
 
 
 def tables(
-    path: Path, table: str = "connections", columns: Sequence[str] | None = None, most_rows: int = 1 << 19
+    path: File, table: str = "connections", columns: Sequence[str] | None = None, most_rows: int = 1 << 19
 ) -> Iterator[pa.Table]:
     """As `batches`, in large parts: row groups together that have up to so many rows, and one dictionary a column."""
     wanted = _wanted(table, columns)
@@ -61,9 +80,9 @@ def tables(
             yield pa.Table.from_batches(parts, schema=pa.schema(wanted))
 
 
-def span(root: Path, table: str = "connections") -> tuple[int, int]:
+def span(root: Root, table: str = "connections") -> tuple[int, int]:
     """Begin and end of the hours that a table has files of, in ns since the epoch. Raises NoDataError."""
-    hours = [layout.hour_of(path) for path in files(root, table)]
+    hours = [layout.hour_of(path.parts) for path in files(root, table)]
     return min(hours) * layout.HOUR_NS, (max(hours) + 1) * layout.HOUR_NS
 
 
@@ -85,14 +104,21 @@ def _runs(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
         yield run
 
 
+def _footer(path: File) -> pq.FileMetaData:
+    given = source(path)
+    return pq.read_metadata(given.pop("source"), **given)
+
+
 @contextlib.contextmanager
-def _opened(path: Path, table: str, wanted: list[pa.Field]) -> Iterator[tuple[pq.ParquetFile, list[str]]]:
+def _opened(path: File, table: str, wanted: list[pa.Field]) -> Iterator[tuple[pq.ParquetFile, list[str]]]:
     """The file, and which of the wanted columns it has."""
     coded = [field.name for field in wanted if field.type == schema.DICT]
     try:
-        footer = pq.read_metadata(path)
+        footer = _footer(path)
         present = set(footer.schema.to_arrow_schema().names)
-        with pq.ParquetFile(path, metadata=footer, read_dictionary=[c for c in coded if c in present]) as file:
+        with pq.ParquetFile(
+            **source(path), metadata=footer, read_dictionary=[c for c in coded if c in present]
+        ) as file:
             missing = [field.name for field in wanted if field.name not in present and not field.nullable]
             if missing:
                 raise TracerError(
@@ -111,13 +137,13 @@ def rows(root: Path, table: str = "connections", columns: Sequence[str] | None =
             yield from batches(path, table, columns)
 
 
-def metadata(path: Path) -> dict[str, str]:
+def metadata(path: File) -> dict[str, str]:
     """A file's own metadata: schema_version, node, run_id, start, end, rows, losses and so on.
 
     Raises TracerError if the file cannot be read.
     """
     try:
-        found = pq.read_metadata(path).metadata or {}
+        found = _footer(path).metadata or {}
     except (OSError, pa.ArrowException) as error:
         raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
     return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
