@@ -19,6 +19,7 @@ from tracer.cli.name import name
 from tracer.cli.observe import observe
 from tracer.cli.report import report
 from tracer.cli.schema import schema
+from tracer.cli.top import top
 from tracer.errors import NoDataError, TracerError, UsageError
 from tracer.version import __version__
 from tracer.words import printable
@@ -67,5 +68,5 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 
-for command in (agent, observe, doctor, demo, schema, name, report):
+for command in (agent, observe, top, report, name, doctor, schema, demo):
     main.add_command(command)

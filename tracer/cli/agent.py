@@ -1,12 +1,11 @@
 """``vip-tracer agent``: the node process."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tracer.cli.options import capture_from, capture_options, duration, names_options, node_name, size
+from tracer.cli.options import capture_from, capture_options, duration, names_options, node_option, size
 from tracer.cli.signals import hold
 
 
@@ -14,14 +13,7 @@ from tracer.cli.signals import hold
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="The dataset's directory."
 )
-@click.option(
-    "--node",
-    type=node_name,
-    metavar="NAME",
-    default=socket.gethostname,
-    show_default="host name",
-    help="What the node is called in the rows.",
-)
+@node_option
 @click.option("--rotate", type=duration, default="5m", show_default=True, help="Publish a file at least this often.")
 @click.option("--rotate-bytes", type=size, default="64MiB", show_default=True, help="Publish a file of this size.")
 @click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Write this file once tracing.")

@@ -1,32 +1,20 @@
 """``vip-tracer observe``: connections as they end (and, the long ones, as they last), a line each."""
 
-import contextlib
 import select
-import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from tracer.cli import options
 from tracer.cli.lines import FORMATS, Row, render, rows_of
-from tracer.cli.signals import hold
 from tracer.errors import NoDataError, UsageError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from tracer.clock import WallClock
-    from tracer.store.names import RowNames
 
 #: Rows that become Python objects at once.
 _SLICE = 1024
-#: Rows that wait for names at the most; beyond, the oldest go out as they are.
-HELD_ROWS = 65_536
 
 
 @click.command()
@@ -35,14 +23,7 @@ HELD_ROWS = 65_536
 @click.option("-o", "--output-format", type=click.Choice(FORMATS), default="table", show_default=True)
 @click.option("-n", "--limit", type=click.IntRange(min=1), help="Stop after so many rows.")
 @click.option("--duration", type=options.duration, help="Stop after so long.")
-@click.option(
-    "--node",
-    type=options.node_name,
-    metavar="NAME",
-    default=socket.gethostname,
-    show_default="host name",
-    help="What the cluster calls this node.",
-)
+@options.node_option
 @options.names_options
 @options.capture_options
 def observe(
@@ -126,66 +107,12 @@ def _unseen(root: Path, seen: set[Path], patient: bool) -> Iterator[list[Row]]:
 
 
 def _live(printer: _Printer, seconds: float | None, values: dict[str, Any]) -> None:
-    hold()
-    from tracer.agent import follow, names_of
-    from tracer.clock import WallClock
-    from tracer.kernel import checks
-    from tracer.kernel.capture import Capture
+    from tracer.cli.live import watch
 
-    captured = options.capture_from(values)
-    checks.demand(captured)
-    clock = WallClock()
-    names = names_of(values["node"], values["kubeconfig"], values["name_wait"], captured.interval_s)
-    with Capture(captured) as capture, contextlib.closing(names) if names else contextlib.nullcontext():
-        if names:
-            names.start()
-        lines = _Lines(printer, values["node"], clock, names)
-        click.echo("observing: a line per connection when it ends; Ctrl-C stops", err=True)
-        follow(capture, lines.take, clock, seconds, finished=lines.finished)
-        lines.rest()
-        losses = {name: count for name, count in capture.counters().items() if name.startswith("lost_") and count}
-        if losses:
-            click.echo("lost: " + ", ".join(f"{name} {count}" for name, count in losses.items()), err=True)
-
-
-class _Lines:
-    """Makes lines of records, in their order, once they have waited for their names."""
-
-    def __init__(self, printer: _Printer, node: str, clock: "WallClock", names: "RowNames | None") -> None:
-        self._printer, self._node, self._clock, self._names = printer, node, clock, names
-        self._held: deque[tuple[float, np.ndarray]] = deque()
-        self._count = 0
-
-    def take(self, records: "np.ndarray") -> None:
-        """Takes records; without names they are printed at once."""
-        if self._names is None:
-            self._print(records)
-            return
-        self._names.meet(records)
-        self._held.append((time.monotonic(), records.copy()))
-        self._count += len(records)
-
-    def finished(self) -> bool:
-        """Prints what is due; true if nothing more is wanted. Called about ten times a second."""
-        if self._names is not None:
-            self._names.hear()
-            hold = self._names.hold_s()
-            while self._held and (self._count > HELD_ROWS or time.monotonic() >= self._held[0][0] + hold):
-                self._next()
-        return self._printer.finished()
-
-    def rest(self) -> None:
-        """Prints what is still held, with the names that are known by now."""
-        while self._held:
-            self._next()
-
-    def _next(self) -> None:
-        _, records = self._held.popleft()
-        self._count -= len(records)
-        self._print(records)
-
-    def _print(self, records: "np.ndarray") -> None:
-        from tracer.store.columns import starts, table
-
-        names = self._names.name(records, starts(records, self._clock)) if self._names else None
-        self._printer.show(rows_of(table(records, self._node, self._clock, names)))
+    watch(
+        values,
+        lambda table, _: printer.show(rows_of(table)),
+        printer.finished,
+        seconds,
+        "observing: a line per connection when it ends; Ctrl-C stops",
+    )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -120,6 +121,12 @@ def capture_options(command: F) -> F:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def node_option(command: F) -> F:
+    """What the node is called."""
+    return click.option("--node", type=node_name, metavar="NAME", default=socket.gethostname, show_default="host name",
+                        help="What the cluster calls this node.")(command)  # fmt: skip
 
 
 def names_options(command: F) -> F:

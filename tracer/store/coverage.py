@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from tracer import schema
 from tracer.store.arrays import booleans, constant, nulls, numbers
-from tracer.version import __version__, schema
+from tracer.version import __version__
 
 #: Columns that are levels, not increments.
 GAUGES = ("open_connections", "translations", "directional", "names_age_s")

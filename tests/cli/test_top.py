@@ -1,0 +1,99 @@
+"""`vip-tracer top`: of a dataset, live, on a terminal and off it."""
+
+import os
+import pty
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from analysis import cases, habits
+from command_world import HOSTILE, Talk, command, dataset, environment, named, namespaces, rows, run, sentence
+from datasets import publish
+
+from tracer.lab.cluster import Cluster
+
+
+def test_the_newest_part_of_a_dataset(tmp_path: Path) -> None:
+    publish(tmp_path, cases.troubled(habits.affinity, "session-affinity", "strong", 3).tables)
+    done = run("top", tmp_path, "-n", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert "300 s up to 2026-07-31T13:00:00Z" in lines[0]
+    assert [line.split()[0] for line in lines if "/tcp" in line] == ["shop/web:80/tcp", "shop/neighbour:80/tcp"]
+    assert lines[1].split() == ["SERVICE", "/", "BACKEND", "NEW/S", "SHARE", "FAIR", "OPEN", "BYTES/S", "FAILED/S",
+                                "CONNECT"]  # fmt: skip
+    first = next(line.split() for line in lines if line.startswith("   web-"))
+    assert first[3] == "12.5%"  # of eight endpoints, three of which got nothing in these five minutes
+    only = run("top", tmp_path, "-n", "2", "--refresh", "100ms", "--service", "shop/neigh").stdout
+    assert only.count("shop/neighbour") == 2
+    assert "shop/web" not in only
+
+
+def test_hostile_names_drive_no_terminal(tmp_path: Path) -> None:
+    texts = dict.fromkeys(("src_pod", "dst_service", "backend_pod", "dst_namespace"), f"[red]{HOSTILE}[/]")
+    dataset(tmp_path, named(rows(400), **texts))
+    done = run("top", tmp_path, "-n", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace("\n", "").isprintable()
+    assert "[red]" in done.stdout
+
+
+def test_nothing_to_show_and_nonsense(tmp_path: Path) -> None:
+    assert "no connections" in sentence(run("top", tmp_path, "-n", "1"), 3)
+    assert "--window" in sentence(run("top", tmp_path, "--window", "1s", "--refresh", "5s"), 2)
+
+
+def test_a_terminal_gets_its_screen_back(tmp_path: Path) -> None:
+    dataset(tmp_path, rows(400))
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command("top", tmp_path, "--refresh", "100ms"), stdout=theirs, stderr=subprocess.PIPE, stdin=theirs,
+        env=environment(TERM="xterm-256color"),
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        seen = b""
+        while seen.count(b"10.244.1.11") < 2:
+            seen += os.read(ours, 65536)
+        process.send_signal(signal.SIGINT)
+        while True:
+            try:
+                more = os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+            seen += more
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    os.close(ours)
+    assert seen.index(b"\x1b[?1049h") < seen.rindex(b"\x1b[?1049l")
+    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")
+
+
+@pytest.mark.needs("bpf", "netns", "iptables")
+def test_live_it_shows_what_happens(tmp_path: Path) -> None:
+    with Cluster(backends=2, clients=1) as cluster:
+        talk = Talk(tmp_path / "stderr")
+        with talk.path.open("w") as stderr, subprocess.Popen(
+            command("top", "--refresh", "500ms", "--window", "30s", *namespaces(cluster)),
+            stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment(),
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            talk.wait("watching this node", process)
+            cluster.clients[0].connect_many(40, cluster.vip())
+            deadline = time.monotonic() + 30
+            shown = ""
+            while "10.96.0.10:80/tcp" not in shown or _rates(shown) < 40 / 30 - 0.1:
+                assert time.monotonic() < deadline, shown
+                shown = process.stdout.readline() if "SERVICE" in shown[-200:] else shown + process.stdout.readline()
+            process.send_signal(signal.SIGTERM)
+            process.stdout.read()
+            assert process.wait(30) == 0, talk.path.read_text()
+        assert "Traceback" not in talk
+
+
+def _rates(shown: str) -> float:
+    """New connections a second of the service in the newest table."""
+    lines = [line.split() for line in shown.splitlines() if line.strip().startswith("10.96.0.10:80/tcp")]
+    return float(lines[-1][1]) if lines else 0.0
