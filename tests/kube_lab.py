@@ -54,6 +54,9 @@ def service(made: LabService, family: int = 4) -> Raw:
     port |= {"targetPort": made.target_port} | ({"nodePort": made.node_port} if made.node_port else {})
     spec = {"clusterIP": made.ips[family], "clusterIPs": list(made.ips.values()), "ports": [port]}
     spec |= {"type": "NodePort" if made.node_port else "ClusterIP", "sessionAffinity": "None"}
+    if made.affinity_seconds:
+        config = {"clientIP": {"timeoutSeconds": made.affinity_seconds}}
+        spec |= {"sessionAffinity": "ClientIP", "sessionAffinityConfig": config}
     meta = {"namespace": made.namespace, "name": made.name, "uid": uid("service", made.name)}
     return {"kind": "Service", "metadata": meta | {"creationTimestamp": stamp(time.time() - 600)}, "spec": spec}
 

@@ -1,8 +1,8 @@
 """The demonstration: a miniature cluster, traffic with one hidden cause of imbalance, the real agent, and what it saw.
 
 Knows how to play the pieces together (`tracer.lab` makes the cluster and its traffic, ``vip-tracer agent`` traces it
-as its own process) and how to show each backend's share. Says what the rows say; finding the cause is left to the
-reader and to `report`.
+as its own process) and how to show each backend's share. Says what the rows say, and what
+`report` makes of them.
 """
 
 import json
@@ -24,6 +24,7 @@ from tracer.errors import TracerError
 from tracer.lab import child, scenario
 from tracer.lab.cluster import Cluster
 from tracer.store import reader
+from tracer.words import printable
 
 #: Reporting interval of the demo's agent: short, so that long connections show in a demo of seconds.
 INTERVAL_S = 1.0
@@ -70,6 +71,7 @@ class Result:
     cause: str
     rows: int = 0
     shares: list[Share] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)  # of `vip-tracer report`, on this run
 
     @property
     def agrees(self) -> bool:
@@ -183,6 +185,7 @@ def play(output: Path, *, seconds: float, cause: str, seed: int | None, progress
     Raises:
         TracerError: what could not be done, and what to do.
     """
+    from tracer.analysis import diagnose
     from tracer.kernel import checks
     from tracer.kernel.capture import Options
 
@@ -212,6 +215,7 @@ def play(output: Path, *, seconds: float, cause: str, seed: int | None, progress
         Share(name, ip, counted=counted) for name, ip, counted in zip(truth.names, truth.ips, truth.bytes, strict=True)
     ]
     _read(result, began, address)
+    result.answers = [finding.answer for finding in diagnose.diagnose(output, began).findings]
     return result
 
 
@@ -254,19 +258,14 @@ def render(result: Result) -> str:
             f"{share.pod:8} {share.address:14} {share.connections:11,} {_part(share.connections, connections):>6}   "
             f"{share.bytes:11,} {_part(share.bytes, total):>6}   {share.long_bytes:11,}"
         )
-    busiest = max(result.shares, key=lambda share: share.bytes)
-    others = [share for share in result.shares if share is not busiest]
-    sentences = [
-        f"{busiest.pod} got {_ratio(busiest.bytes, [share.bytes for share in others])} times its peers' mean of bytes, "
-        f"and {_ratio(busiest.connections, [share.connections for share in others])} times that of connections. "
-        f"Of its bytes {_part(busiest.long_bytes, busiest.bytes)} came over long-lived connections (those older than "
-        f"{INTERVAL_S:.0f} s), and {_part(busiest.other_bytes, busiest.bytes)} through another virtual address than "
-        f"{result.dialled}.",
+    said = [
+        *(f"vip-tracer report: {printable(answer)}" for answer in result.answers),
         f"What was arranged: {_CAUSES[result.cause]}",
         "The backends counted the same bytes themselves: " + ("yes, to the byte." if result.agrees else "NO."),
     ]
-    lines += ["", *(line for sentence in sentences for line in textwrap.wrap(sentence, _WIDTH - 1)), ""]
-    lines += [f"The rows are in {result.output}/connections, for example:", *(f"  {line}" for line in _next(result))]
+    for sentence in said:
+        lines += ["", *textwrap.wrap(sentence, _WIDTH - 1, break_on_hyphens=False)]
+    lines += ["", f"The rows are in {result.output}/connections. Go on with:", *(f"  {line}" for line in _next(result))]
     return "\n".join(lines)
 
 
@@ -278,6 +277,7 @@ def _next(result: Result) -> list[str]:
         '[["bytes_sent", "bytes_received"]].sum())'
     )
     return [
+        shlex.join([*_typed("vip-tracer"), "report", str(result.output), "--html", "report.html"]),
         shlex.join([*_typed("vip-tracer"), "observe", str(result.output), "-n", "5"]),
         shlex.join([*_typed("python"), "-c", script]),
     ]
@@ -307,8 +307,3 @@ _CAUSES = {
 
 def _part(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
-
-
-def _ratio(value: int, others: list[int]) -> str:
-    mean = sum(others) / max(len(others), 1)
-    return f"{value / mean:.1f}" if mean else "∞"

@@ -144,6 +144,22 @@ def test_a_service_without_names_is_known_by_its_address() -> None:
     assert cause.hypotheses(known, ground_truth.said_of(known).measures)[0].name == "few-clients"
 
 
+def test_a_backend_that_was_away_in_the_middle() -> None:
+    ready = np.ones((10, 3))
+    ready[3:8, 1] = 0
+    cells = [
+        {"bin": b, "backend": i, "opened": 60 // int(ready[b].sum())}
+        for b in range(10)
+        for i in range(3)
+        if ready[b, i]
+    ]
+    known = situation(cells, ready=ready)
+    said = ground_truth.said_of(known)
+    (found,) = cause.hypotheses(known, said.measures)
+    assert (said.word, found.name) == ("uneven", "unready-backend")
+    assert found.sentence.startswith("pod-1 was not ready for 50% of the time")
+
+
 # -- evidence --------------------------------------------------------------------------------------------------------
 
 

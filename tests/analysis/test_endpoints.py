@@ -79,7 +79,7 @@ def test_losses_and_gaps_of_each_node() -> None:
         content[name] = times.cast(schema.arrow("coverage").field(name).type)
     content |= {"emitted": pa.array([row[3] for row in rows]), "lost_ring": pa.array([row[4] for row in rows])}
     assert watched.losses(pa.table(content)) == {
-        "a": (10, 300, 20.0, 100.0),
-        "b": (0, 50, 0.0, 120.0),
-        "c": (5, 0, 0.0, 30.0),
+        "a": (10, 300, 20.0, 100.0, 120 * S),
+        "b": (0, 50, 0.0, 120.0, 120 * S),
+        "c": (5, 0, 0.0, 30.0, 60 * S),
     }

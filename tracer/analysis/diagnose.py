@@ -6,6 +6,7 @@ Reads the three tables, has the connections counted, and asks balance, verdict a
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
@@ -15,12 +16,14 @@ import pyarrow.compute as pc
 from tracer import schema
 from tracer.analysis import balance, cause, endpoints, gather, situations
 from tracer.analysis.balance import Depth, Inequality
-from tracer.analysis.causes.hypothesis import CALLED, Hypothesis
+from tracer.analysis.causes.hypothesis import CALLED, Hypothesis, some
 from tracer.analysis.causes.situation import MEASURES, Situation
 from tracer.analysis.gather import Engine
-from tracer.analysis.partial import Bins
+from tracer.analysis.partial import Bins, Partial
+from tracer.analysis.shared import Elsewhere
 from tracer.analysis.situations import ServicePort, Situations
 from tracer.analysis.verdict import (
+    ALONE,
     BALANCED,
     INCONCLUSIVE,
     RATIO,
@@ -40,6 +43,8 @@ from tracer.store.roots import Root
 _ORDER = (UNEVEN, INCONCLUSIVE, BALANCED)
 #: Cells of situations that are kept between testing and looking for causes, some 200 bytes each.
 KEPT_CELLS = 1_000_000
+#: Nodes publish every few minutes. Rows that end this much before or after the others' are said.
+SKEW_NS = 600 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Finding:
 
     `service`: namespace/name:port/protocol, or the address; `backends` as `balance.per_backend` makes it; `inequality`
     of each measure, over the backends that were to share it; `depth` is there if the load is uneven, or if the service
-    was asked for.
+    was asked for; `note`: a sentence on the backends' load through other services, or empty.
     """
 
     port: ServicePort
@@ -58,6 +63,7 @@ class Finding:
     backends: pd.DataFrame
     inequality: Mapping[str, Inequality]
     depth: Depth | None
+    note: str
 
     @property
     def headline(self) -> str:
@@ -77,13 +83,14 @@ class Finding:
     def answer(self) -> str:
         """The answer, in a sentence or two: verdict, who stands out, and why."""
         word, reason = self.verdict.word, self.verdict.reasons[0]
-        if word == BALANCED:
-            return f"{self.service} is {word}. {reason}"
-        if word == INCONCLUSIVE:
-            may = f" It may be {self.causes[0].name}: {self.causes[0].sentence}" if self.causes else ""
-            return f"{self.service} is {word}. {reason}{may}"
-        why = f"{self.causes[0].name}. {self.causes[0].sentence}" if self.causes else f"no cause found. {reason}"
-        return f"{self.service} is {word}: {self.headline}. Cause: {why}"
+        first = self.causes[0] if self.causes else None
+        if word == UNEVEN:
+            why = f"Cause: {first.name}. {first.sentence}" if first else f"No cause found. {reason}"
+            said = f"{self.headline}. {why}"
+        else:
+            said = reason + (f" It may be {first.name}: {first.sentence}" if first else "")
+        mark = ":" if word == UNEVEN else "."
+        return f"{self.service} is {word}{mark} {said} {self.note}".rstrip()
 
     @property
     def severity(self) -> float:
@@ -158,15 +165,15 @@ def diagnose(
     if not len(ends):
         warnings.append("There is no endpoints table: shares are expected of the backends that were seen.")
     known = Situations(part, ends, coverage)
-    warnings += _unseen(known, coverage, ends)
+    warnings += _unseen(known, coverage, ends, time.time_ns())
     chosen = known.ports() if service is None else situations.matching(known.ports(), service)
     if service is not None and not chosen:
         raise NoDataError(
             f"no connections to a service {service} in this range; `vip-tracer report` lists those there are"
         )
     findings = sorted(
-        _findings(known, set(chosen), deep=service is not None),
-        key=lambda f: (_ORDER.index(f.verdict.word), -f.severity, f.service),
+        _findings(known, part, set(chosen), deep=service is not None),
+        key=lambda f: (_ORDER.index(f.verdict.word), not f.note, -f.severity, f.service),
     )
     nodes = tuple(sorted({str(source[0]) for source in part.sources}))
     return Diagnosis(tuple(findings), part.bins, rows, nodes, tuple(warnings))
@@ -182,7 +189,7 @@ def last_moment(root: Root) -> int:
     return int(end)
 
 
-def _findings(known: Situations, chosen: set[ServicePort], deep: bool) -> Iterator[Finding]:
+def _findings(known: Situations, part: Partial, chosen: set[ServicePort], deep: bool) -> Iterator[Finding]:
     """Tests everything first, for false discoveries are reckoned over all; then the causes of what was chosen.
 
     Situations are kept in between as far as `KEPT_CELLS` allows: all at once may be too large.
@@ -200,13 +207,16 @@ def _findings(known: Situations, chosen: set[ServicePort], deep: bool) -> Iterat
             kept[port] = situation
             room -= cells
     adjusted = discoveries(tests)
+    elsewhere = Elsewhere(known, part)
     for port, first, last in tested:
         if port in chosen:
-            yield _finding(port, kept.pop(port) if port in kept else known.of(port), adjusted[first:last], deep)
+            situation = kept.pop(port) if port in kept else known.of(port)
+            found = _finding(port, situation, adjusted[first:last], deep)
+            yield dataclasses.replace(found, note=elsewhere.note(port, situation))
 
 
 def _finding(port: ServicePort, situation: Situation, tests: Sequence[Test], deep: bool) -> Finding:
-    said = verdict(tests)
+    said = verdict(tests) if tests or situation.entitled.sum() != 1 else ALONE
     causes = cause.hypotheses(situation, said.measures) if said.measures else []
     if not causes:
         said = unexplained(said)
@@ -219,6 +229,7 @@ def _finding(port: ServicePort, situation: Situation, tests: Sequence[Test], dee
         backends=balance.per_backend(situation),
         inequality={measure: balance.inequality(situation.load(measure)[entitled]) for measure in MEASURES},
         depth=balance.depth(situation) if deep or said.word == UNEVEN else None,
+        note="",
     )
 
 
@@ -257,7 +268,7 @@ def _range(root: Root, coverage: pa.Table, begin_ns: int | None, end_ns: int | N
     return gather.bins_for(begin, end)
 
 
-def _unseen(known: Situations, coverage: pa.Table, ends: pa.Table) -> list[str]:
+def _unseen(known: Situations, coverage: pa.Table, ends: pa.Table, now_ns: int) -> list[str]:
     """Sentences on what coverage says was not seen."""
     said = []
     if not len(coverage):
@@ -269,12 +280,35 @@ def _unseen(known: Situations, coverage: pa.Table, ends: pa.Table) -> list[str]:
     for node, each in sorted(known.losses.items(), key=lambda each: -each[1].gap_s)[:3]:
         if each.gap_s:
             said.append(f"Node {node} was not watched for {each.gap_s:,.0f} s in between.")
-    watched = set(coverage["node"].unique().to_pylist())
-    others = set(ends["backend_node"].unique().to_pylist()) - watched - {None}
-    if others and watched:
-        some = ", ".join(sorted(map(str, others))[:3]) + (" and more" if len(others) > 3 else "")
-        said.append(f"{len(others)} nodes with endpoints were not traced ({some}): their clients are not in this.")
+    spans = known.losses
+    last = max((each.end_ns for each in spans.values()), default=0)
+    usual = sorted(each.end_ns for each in spans.values())[(len(spans) - 1) // 2] if spans else 0
+    ahead = sorted(node for node, each in spans.items() if each.end_ns - usual > SKEW_NS)
+    behind = sorted(node for node, each in spans.items() if usual - each.end_ns > SKEW_NS)
+    if last > now_ns + SKEW_NS:
+        said.append(f"Rows end {(last - now_ns) / 60e9:,.0f} min from now: the clock of {_some(ahead)} may be ahead.")
+    elif ahead:
+        said.append(f"{_some(ahead)} {_has(ahead)} rows more than 10 min after most nodes: is the clock ahead?")
+    if behind:
+        said.append(
+            f"{_some(behind)} {_has(behind)} no rows in the last {(usual - spans[behind[0]].end_ns) / 60e9:,.0f} min: "
+            "stopped, or the clock behind?"
+        )
+    others = set(ends["backend_node"].unique().to_pylist()) - set(spans) - {None}
+    if others and spans:
+        said.append(
+            f"{len(others)} node{'s' * (len(others) != 1)} with endpoints {'were' if len(others) != 1 else 'was'} not "
+            f"traced ({_some(sorted(map(str, others)))}): their clients are not in this."
+        )
     return said
+
+
+def _some(names: Sequence[str]) -> str:
+    return some(list(names)) or "some node"
+
+
+def _has(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
 
 
 def _text(at_ns: int) -> str:

@@ -16,7 +16,7 @@ from tracer.store import reader
 from tracer.store.roots import File
 
 #: Widths that bins may begin with, in seconds; the narrowest that makes at most `MOST_BINS` of the range.
-WIDTHS_S = (10, 30, 60, 300, 600, 900, 1800, 3600, 3 * 3600, 6 * 3600, 86_400)
+WIDTHS_S = (1, 2, 5, 10, 30, 60, 300, 600, 900, 1800, 3600, 3 * 3600, 6 * 3600, 86_400)
 MOST_BINS = 64
 #: Cells kept in all, some 90 bytes each while two tables are merged; beyond, bins are made twice as wide.
 MOST_CELLS = 6_000_000

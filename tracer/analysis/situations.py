@@ -73,6 +73,15 @@ class Situations:
         for port in self.ports():
             yield port, self.of(port)
 
+    def through(self, ip: str, but: ServicePort) -> list[str]:
+        """Labels of the service ports, all but one, that lead to a backend's address."""
+        routes = self._part.routes
+        return [
+            self._label(port, mine, self._by_service.get(port, self._ends.iloc[:0]))
+            for port, mine in sorted(self._services.items(), key=lambda each: str(each[0]))
+            if port != but and any(routes[i][_IP] == ip for i in mine)
+        ]
+
     def of(self, port: ServicePort) -> Situation:
         """One service port's situation."""
         routes, ends = self._services[port], self._by_service.get(port, self._ends.iloc[:0])

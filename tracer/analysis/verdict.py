@@ -84,12 +84,16 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
+#: Of a service port with one backend, which has all of the load.
+ALONE = Verdict(BALANCED, (), (), ("It has one backend.",))
+
+
 def test_of(situation: Situation, measure: str) -> Test | None:
     """The test of one measure; None if there is no load of it, or nobody to share it with."""
     load, even = situation.load(measure), situation.even(measure)
-    if load.sum() <= 0 or even.sum() <= 0:
-        return None
     entitled = situation.entitled
+    if load.sum() <= 0 or even.sum() <= 0 or (entitled.sum() == 1 and load[~entitled].sum() == 0):
+        return None
     ratios = load[entitled] / even[entitled]
     picks = units(situation, measure)
     clumped = clumping(situation)

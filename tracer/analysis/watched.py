@@ -16,13 +16,14 @@ COLUMNS = ("node", "started", "ts", "interval_s", "emitted", *LOSSES)
 
 
 class Losses(NamedTuple):
-    """Of one node: rows lost and rows emitted; seconds not watched between its first and its last row of coverage, and
-    seconds watched."""
+    """Of one node: rows lost and rows emitted; seconds not watched between its first and its last row of coverage,
+    seconds watched; and when the last row ended, ns since the epoch."""
 
     lost: int
     emitted: int
     gap_s: float
     watched_s: float
+    end_ns: int
 
 
 def losses(coverage: pa.Table) -> dict[str, Losses]:
@@ -35,5 +36,7 @@ def losses(coverage: pa.Table) -> dict[str, Losses]:
             group["started"].to_numpy(np.int64), group["ts"].to_numpy(np.int64), np.zeros(len(group), np.int64)
         )
         gap, watched = int((began[1:] - ended[:-1]).sum()), int((ended - began).sum())
-        found[str(node)] = Losses(int(group["lost"].sum()), int(group["emitted"].sum()), gap / _NS, watched / _NS)
+        found[str(node)] = Losses(
+            int(group["lost"].sum()), int(group["emitted"].sum()), gap / _NS, watched / _NS, int(ended[-1])
+        )
     return found

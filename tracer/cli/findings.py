@@ -33,7 +33,7 @@ def text(found: "Diagnosis", deep: bool) -> Iterator[str]:
     span = f"{_when(found.bins.begin_ns)} to {_when(found.bins.end_ns)}"
     yield f"{found.rows:,} rows of {len(found.nodes)} node{'s' * (len(found.nodes) != 1)}, {span}"
     yield ""
-    troubled = [finding for finding in found.findings if deep or finding.verdict.word != "balanced"]
+    troubled = [finding for finding in found.findings if deep or finding.note or finding.verdict.word != "balanced"]
     for finding in troubled:
         yield printable(finding.answer)
     if not troubled:
@@ -150,6 +150,7 @@ def _object(finding: "Finding") -> dict[str, Any]:
         "name": finding.port.name,
         "verdict": finding.verdict.word,
         "answer": finding.answer,
+        "note": finding.note,
         "reasons": finding.verdict.reasons,
         "tests": [
             vars(finding.inequality[test.measure]) | {name: getattr(test, name) for name in tests}

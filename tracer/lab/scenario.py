@@ -88,7 +88,12 @@ def _flapping(cluster: Cluster, culprit: int) -> Iterator[Extra]:
 
     def extra(count: int) -> None:
         cluster.set_backends("web", [culprit])
-        cluster.clients[-1].connect_many(count, cluster.vip(), SENDS, RECEIVES)
+        crowd = cluster.clients[:-1]
+        for number, client in enumerate(crowd):
+            dials = count // len(crowd) + (number < count % len(crowd))
+            client.begin_connects(dials, cluster.vip(), SENDS, RECEIVES)
+        for client in crowd:
+            client.finish_connects()
         cluster.set_backends("web", range(len(cluster.servers)))
 
     yield extra

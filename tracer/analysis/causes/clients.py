@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracer.analysis.causes.explain import Explained, by_chance, distance, effective, without
-from tracer.analysis.causes.hypothesis import Hypothesis, percent, percent_of, some
+from tracer.analysis.causes.hypothesis import Hypothesis, percent, percent_of, some, times
 from tracer.analysis.causes.situation import MEASURES, Floats, Situation
 
 #: From this stickiness on all clients, or one, are said to come back.
@@ -66,13 +66,13 @@ def sticking_clients(situation: Situation, measure: str) -> Iterator[Hypothesis]
     heaviest, active = int(by_client.argmax()), int((by_client > 0).sum())
     top = float(by_client.max() / max(1.0, by_client.sum()))
     if as_few >= alone.score:
-        known = f"{active} clients come back to the same backend (stickiness {index:.2f} of 1), the heaviest makes"
+        known = f"{times(active, 'client')} {'comes' if active == 1 else 'come'} back to the same backend (stickiness {index:.2f} of 1), the heaviest makes"
         known += f" {percent_of(top, measure)}"
         who = [situation.clients[heaviest]]
     else:
         part = float(by_client[habitual].sum() / max(1.0, by_client.sum()))
-        known = f"{len(habitual)} of {active} clients come back to the same backend with {percent_of(part, measure)}"
-        known += f"; without them the split is {percent(alone.after)} from even"
+        known = f"{len(habitual)} of {times(active, 'client')} come back to the same backend with "
+        known += f"{percent_of(part, measure)}; without them the split is {percent(alone.after)} from even"
         who = [situation.clients[i] for i in habitual[np.argsort(-by_client[habitual])]]
     yield _named(situation, max(as_few, alone.score), known, who, {
         "clients": active, "clients_that_stick": len(habitual), "stickiness": index, "heaviest_client_share": top,

@@ -43,6 +43,11 @@ def percent_of(part: float, measure: str) -> str:
     return f"{percent(part)} of the {CALLED[measure]}"
 
 
+def times(count: int, what: str) -> str:
+    """1 client, 2 clients."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def some(names: list[str], most: int = 3) -> str:
     """A list of names, cut after `most`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tracer.analysis.causes.explain import Explained, by_chance, distance, units
-from tracer.analysis.causes.hypothesis import CALLED, Hypothesis, percent, some
+from tracer.analysis.causes.hypothesis import CALLED, Hypothesis, percent, some, times
 from tracer.analysis.causes.situation import Floats, Situation
 
 #: A Deployment's pods: <workload>-<template hash>-<five characters>. Both are of Kubernetes' safe alphabet
@@ -15,6 +15,8 @@ from tracer.analysis.causes.situation import Floats, Situation
 _POD = re.compile(r"(?P<template>.+-[bcdfghjklmnpqrstvwxz2456789]{5,10})-[bcdfghjklmnpqrstvwxz2456789]{5}")
 #: A backend that would have got this many connections and got none was not there: exp(-7) is below 1 in 1,000.
 MISSED = 7.0
+#: One that was ready less of the time between its first and its last moment was away.
+ALWAYS = 0.98
 
 
 def template(pod: object) -> str:
@@ -57,7 +59,10 @@ def changed_backends(situation: Situation, measure: str) -> Iterator[Hypothesis]
     first = np.where(entitled, np.argmax(there > 0, axis=0), 0)
     last = np.where(entitled, bins[-1] - np.argmax(there[::-1] > 0, axis=0), bins[-1])
     joined, left = np.flatnonzero(entitled & (first > 0)), np.flatnonzero(entitled & (last < bins[-1]))
-    if not len(joined) and not len(left):
+    between = (bins[:, None] >= first) & (bins[:, None] <= last)
+    present = (there * between).sum(axis=0) / np.maximum(1, between.sum(axis=0))
+    away = np.flatnonzero(entitled & (present < ALWAYS))
+    if not len(joined) and not len(left) and not len(away):
         return
     known = dataclasses.replace(situation, ready=there)
     load, fair = known.load(measure), known.fair(measure)
@@ -81,18 +86,27 @@ def changed_backends(situation: Situation, measure: str) -> Iterator[Hypothesis]
         yield Hypothesis(
             "rollout",
             explained.score,
-            f"{len(left)} backends left and {len(joined)} of another template joined ({some(came)}): {rest}.",
+            f"{times(len(left), 'backend')} left and {len(joined)} of another template joined ({some(came)}): {rest}.",
             "Nothing is wrong with the balancing: compare a range that begins after the rollout.",
             numbers,
             rows,
         )
         return
-    minutes = [float(first[i] * situation.bin_s / 60) for i in joined]
-    what = (
-        f"{some(came)} joined {minutes[0]:.0f} min into the range"
-        if came
-        else f"{some(went)} left before the range's end"
-    )
+    if not len(joined) and not len(left):
+        names = some([situation.backend_name(i) for i in away])
+        yield Hypothesis(
+            "unready-backend",
+            explained.score,
+            f"{names} {'was' if len(away) == 1 else 'were'} not ready for {percent(float(1 - present[away].mean()))} "
+            f"of the time: {rest}.",
+            f"Look at the readiness probes of {names}, and at what made them fail.",
+            numbers | {"away": len(away)},
+            (("backend_ip", "in", [str(situation.backends.iloc[i]["ip"]) for i in away]),),
+        )
+        return
+    after = float(first[joined].min() * situation.bin_s) if len(joined) else 0.0
+    when = f"{after / 60:.0f} min" if after >= 120 else f"{after:.0f} s"
+    what = f"{some(came)} joined {when} into the range" if came else f"{some(went)} left before the range's end"
     yield Hypothesis(
         "late-backend",
         explained.score,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tracer.analysis.causes.explain import CHANCE, by_chance, distance, without
-from tracer.analysis.causes.hypothesis import Hypothesis, percent, percent_of, some
+from tracer.analysis.causes.hypothesis import Hypothesis, percent, percent_of, some, times
 from tracer.analysis.causes.situation import MEASURES, Situation
 
 
@@ -22,8 +22,8 @@ def bypass(situation: Situation, measure: str) -> Iterator[Hypothesis]:
     yield Hypothesis(
         "bypass",
         explained.score,
-        f"{len(who)} clients dialled the pods' own addresses, past the virtual IP: {percent_of(part, measure)}, on "
-        f"{len(places)} of {int(situation.entitled.sum())} backends; the rest is {percent(explained.after)} from even.",
+        f"{times(len(who), 'client')} dialled the pods' own addresses, past the virtual IP: {percent_of(part, measure)}, "
+        f"on {len(places)} of {int(situation.entitled.sum())} backends; the rest is {percent(explained.after)} from even.",
         f"Let {some([situation.clients[i] for i in who])} dial the service's virtual IP, or balance over all pods of "
         "the headless service themselves.",
         {"clients": len(who), "share": float(part), "before": explained.before, "after": explained.after},

@@ -35,7 +35,7 @@ _TEMPLATES = jinja2.Environment(
 
 def render(found: Diagnosis, title: str) -> str:
     """The page. `title` says what it is of: the dataset's place."""
-    troubled = [each for each in found.findings if each.verdict.word != "balanced"]
+    troubled = [each for each in found.findings if each.note or each.verdict.word != "balanced"]
     deep = [each for each in found.findings if each.depth is not None][:SHOWN]
     anchors = {each.port: f"s{number}" for number, each in enumerate(deep)}
     template = _TEMPLATES.get_template("page.html")
