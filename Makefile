@@ -49,3 +49,4 @@ bench: setup
 	$(BIN)/python -m tests.bench.ring_to_parquet
 	$(BIN)/python -m tests.bench.kernel_cost
 	$(BIN)/python -m tests.bench.node_process
+	$(BIN)/python -m tests.bench.report --files 40

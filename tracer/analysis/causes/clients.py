@@ -66,8 +66,9 @@ def sticking_clients(situation: Situation, measure: str) -> Iterator[Hypothesis]
     heaviest, active = int(by_client.argmax()), int((by_client > 0).sum())
     top = float(by_client.max() / max(1.0, by_client.sum()))
     if as_few >= alone.score:
-        known = f"{times(active, 'client')} {'comes' if active == 1 else 'come'} back to the same backend (stickiness {index:.2f} of 1), the heaviest makes"
-        known += f" {percent_of(top, measure)}"
+        comes = "comes" if active == 1 else "come"
+        known = f"{times(active, 'client')} {comes} back to the same backend (stickiness {index:.2f} of 1), the "
+        known += f"heaviest makes {percent_of(top, measure)}"
         who = [situation.clients[heaviest]]
     else:
         part = float(by_client[habitual].sum() / max(1.0, by_client.sum()))

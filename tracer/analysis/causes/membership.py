@@ -76,8 +76,8 @@ def changed_backends(situation: Situation, measure: str) -> Iterator[Hypothesis]
     numbers = {"joined": len(joined), "left": len(left), "before": explained.before, "after": explained.after}
     source = "the endpoints" if situation.ready is not None else "first and last connections"
     rest = (
-        f"of an even split over whoever was there (by {source}) the {CALLED[measure]} are {percent(explained.after)} "
-        f"off, of one over all {percent(explained.before)}"
+        f"against an even split over whoever was there (by {source}) the {CALLED[measure]} are "
+        f"{percent(explained.after)} off, against one over all {percent(explained.before)}"
     )
     pods = situation.backends["pod"]
     new = {template(pods.iloc[i]) for i in joined} - {template(pods.iloc[i]) for i in left}

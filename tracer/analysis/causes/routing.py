@@ -22,8 +22,9 @@ def bypass(situation: Situation, measure: str) -> Iterator[Hypothesis]:
     yield Hypothesis(
         "bypass",
         explained.score,
-        f"{times(len(who), 'client')} dialled the pods' own addresses, past the virtual IP: {percent_of(part, measure)}, "
-        f"on {len(places)} of {int(situation.entitled.sum())} backends; the rest is {percent(explained.after)} from even.",
+        f"{times(len(who), 'client')} dialled the pods' own addresses, past the virtual IP: "
+        f"{percent_of(part, measure)}, on {len(places)} of {int(situation.entitled.sum())} backends; the rest is "
+        f"{percent(explained.after)} from even.",
         f"Let {some([situation.clients[i] for i in who])} dial the service's virtual IP, or balance over all pods of "
         "the headless service themselves.",
         {"clients": len(who), "share": float(part), "before": explained.before, "after": explained.after},
