@@ -1,7 +1,7 @@
 """The moving window: what is in it, what has left it, and shares against endpoints."""
 
 import pyarrow as pa
-from analysis.test_endpoints import told
+from analysis.test_endpoint_table import told
 from command_world import rows
 
 from tracer.analysis.moving import Window

@@ -12,13 +12,16 @@ import pytest
 from analysis import agents, by_duckdb, cases, habits
 from analysis.counted import bins_of
 from analysis.situation_world import as_dict
+from datasets import publish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tracer import schema
-from tracer.analysis import gather, partial
+from tracer.analysis import diagnose, gather, page, partial
 from tracer.analysis.gather import Counted
 from tracer.analysis.partial import Bins, Partial
+from tracer.cli import findings
+from tracer.errors import NoDataError
 
 BEGIN = 1_785_456_000 * 10**9
 BINS = Bins(BEGIN, BEGIN + 600 * 10**9, 60 * 10**9)
@@ -52,7 +55,7 @@ ROW = st.fixed_dictionaries({
     "result": _some("ok", "refused", "timeout", "unreachable", "reset", None),
     "connect_latency_us": _some(5, 0, None),
     "duration_us": _some(0, 7, 1_500_000, 2**40),
-    "bytes_sent": _some(0, 3, 2**50, None),
+    "bytes_sent": _some(0, 3, 2**48, None),
     "bytes_received": _some(0, 9, None),
     "packets_received": _some(0, 2, None),
 })  # fmt: skip
@@ -64,7 +67,7 @@ def table(rows: list[dict[str, object]]) -> pa.Table:
         # What the counts do not read and must not be null: anything.
         anything = None if field.nullable else "" if field.type == schema.DICT else 0
         values = [row.get(field.name, anything) for row in rows]
-        plain = pa.string() if field.type == schema.DICT else None
+        plain = pa.string() if field.type == schema.DICT else pa.int64() if field.type == schema.TIME else field.type
         arrays.append(pa.array(values, plain).cast(field.type))
     return pa.table(arrays, schema=schema.arrow("connections"))
 
@@ -150,3 +153,27 @@ def test_null_bytes_are_unknown_and_not_zero() -> None:
            "src_ip": "10.0.0.1", "dst_ip": "10.96.0.1", "dst_port": 80, "nat": "dnat", "duration_us": 1}  # fmt: skip
     found = counted([row, row | {"bytes_sent": 4, "bytes_received": 0}, row | {"bytes_sent": 4}])
     assert [int(found.sum(name).sum()) for name in ("rows", "bytes", "uncounted")] == [3, 8, 2]
+
+
+def test_what_no_interval_can_have_is_cut() -> None:
+    row = {"node": "n1", "ts": BEGIN + 5, "opened": True, "closed": True, "role": "client", "protocol": "tcp",
+           "src_ip": "10.0.0.1", "dst_ip": "10.96.0.1", "dst_port": 80, "nat": "dnat", "duration_us": 2**64 - 1,
+           "bytes_sent": 2**63, "bytes_received": 2**60}  # fmt: skip
+    found = counted([row] * 100)
+    assert int(found.sum("bytes").sum()) == 200 * partial.MOST
+    assert int(found.sum("duration_us").sum()) == 100 * partial.MOST
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.lists(ROW, min_size=1, max_size=60))
+def test_whatever_the_rows_say_there_is_a_verdict_and_a_page(rows: list[dict[str, object]]) -> None:
+    with tempfile.TemporaryDirectory() as where:
+        publish(Path(where), {"connections": table(rows)})
+        try:
+            found = diagnose.diagnose(Path(where))
+        except NoDataError:
+            return
+        for form in findings.FORMATS.values():
+            text = "\n".join(form(found, True))
+            assert "nan" not in text.lower() or form is not findings.as_json
+        assert page.render(found, where).endswith("</html>")

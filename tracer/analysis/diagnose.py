@@ -38,6 +38,7 @@ from tracer.analysis.verdict import (
 from tracer.analysis.watched import COLUMNS
 from tracer.errors import NoDataError, TracerError
 from tracer.store import reader
+from tracer.store.layout import HOUR_NS
 from tracer.store.roots import Root
 
 _ORDER = (UNEVEN, INCONCLUSIVE, BALANCED)
@@ -148,6 +149,7 @@ def diagnose(
 
     watched = _tables(root, "coverage", begin_ns, end_ns, failed, COLUMNS)
     coverage = pa.concat_tables([schema.arrow("coverage").empty_table().select(COLUMNS), *watched])
+    coverage = endpoints.touching(coverage, begin_ns, end_ns)
     bins = _range(root, coverage, begin_ns, end_ns)
     paths = reader.files(root, "connections", bins.begin_ns, bins.end_ns + 1)
     with contextlib.closing(engine(paths, bins)) as counted:
@@ -241,9 +243,12 @@ def _tables(
     failed: Callable[[TracerError], None],
     columns: Sequence[str],
 ) -> Iterator[pa.Table]:
-    """The files of a small table in the range, each as a table; nothing if there are none."""
+    """The files of a small table that may tell of the range, each as a table; nothing if there are none.
+
+    Their rows are intervals, and lie where those ended: what covers the range's end may be in the hour after it.
+    """
     try:
-        paths = reader.files(root, table, begin_ns, None if end_ns is None else end_ns + 1)
+        paths = reader.files(root, table, begin_ns, None if end_ns is None else end_ns + HOUR_NS)
     except NoDataError:
         return
     for path in paths:

@@ -30,7 +30,7 @@ def together(tables: Iterable[pa.Table], bins: Bins) -> pa.Table:
     empty = schema.arrow("endpoints").empty_table().select(COLUMNS)
     whole, waiting = empty, list[pa.Table]()
     for table in tables:
-        waiting.append(_within(table.select(COLUMNS), bins))
+        waiting.append(touching(table.select(COLUMNS), bins.begin_ns, bins.end_ns))
         if sum(map(len, waiting)) > _WAITING:
             whole, waiting = _united(pa.concat_tables([whole, *waiting])), []
     return _united(pa.concat_tables([whole, *waiting]))
@@ -65,11 +65,13 @@ def union(began: Ints, ended: Ints, group: Ints) -> tuple[Ints, Ints, Ints]:
     return began[first], reach[last], group[first]
 
 
-def _within(table: pa.Table, bins: Bins) -> pa.Table:
-    """Only intervals that touch the range: an endpoint of yesterday is none of today's."""
-    time = table["ts"].type
-    end, begin = (pa.scalar(at, pa.int64()).cast(time) for at in (bins.end_ns, bins.begin_ns))
-    return table.filter(pc.and_(pc.less(table["started"], end), pc.greater(table["ts"], begin)))
+def touching(table: pa.Table, begin_ns: int | None, end_ns: int | None) -> pa.Table:
+    """Rows whose interval touches the range (None: no end to it)."""
+    if begin_ns is not None:
+        table = table.filter(pc.greater(table["ts"].cast(pa.int64()), begin_ns))
+    if end_ns is not None:
+        table = table.filter(pc.less(table["started"].cast(pa.int64()), end_ns))
+    return table
 
 
 def _united(table: pa.Table) -> pa.Table:

@@ -32,6 +32,8 @@ SUMS = ("rows", "opened", "long_rows", "duration_us", "long_us", "failed_us", "b
 #: Bits of a cell's key: the bin below, the source above it, the route on top. 2**21 routes, 2**28 sources.
 _BIN_BITS, _SOURCE_BITS, _ROUTE_BITS = 14, 28, 21
 MAX_BINS = 1 << _BIN_BITS
+#: Bytes or microseconds of one row at the most: 281 TB, 9 years.
+MOST = 1 << 48
 
 Key = tuple[object, ...]
 
@@ -110,7 +112,7 @@ def of_table(table: pa.Table, bins: Bins) -> Partial:
     route, routes = _distinct(columns)
     source, sources = _distinct([coded(table, name) for name in SOURCE])
     opened = _plain(table, "opened").astype(bool)
-    duration = _plain(table, "duration_us").astype(np.int64)
+    duration = _amount(table, "duration_us")
     times = _plain(table, "ts") - np.where(opened, duration * 1000, 1)
     bin_ = bins.of(times)
     cell, example = numbered([(route, len(routes)), (source, len(sources)), (bin_, bins.count)])
@@ -203,6 +205,12 @@ def _plain(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
     return np.asarray(pc.fill_null(column, 0).to_numpy())
 
 
+def _amount(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+    """A column of amounts; what no interval can have is cut, so that no sum runs over."""
+    found = _plain(table, name)
+    return np.where((found < 0) | (found > MOST), MOST, found)
+
+
 def _is(column: Coded, text: str) -> npt.NDArray[np.bool_]:
     codes, texts = column
     return np.asarray(np.isin(codes, [code for code, known in enumerate(texts) if known == text]))
@@ -245,7 +253,7 @@ def _counts(
         return np.where(ended | (silent & ~_is(result, "ok")), duration, 0)
 
     def moved() -> Ints:
-        return np.asarray(_plain(table, "bytes_sent") + _plain(table, "bytes_received"), dtype=np.int64)
+        return np.asarray(_amount(table, "bytes_sent") + _amount(table, "bytes_received"), dtype=np.int64)
 
     def of(kind: str) -> Callable[[], Ints]:
         return lambda: _is(result, kind).astype(np.int64)

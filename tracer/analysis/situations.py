@@ -177,7 +177,9 @@ class Situations:
         """A row per backend: of the endpoints, and of the rows. What somebody knows of one is known."""
         told = list(zip(*(ends[name] for name in _TOLD), strict=True))
         seen = [self._part.routes[i] for i in routes]
-        told += [(r[_IP], r[_PORT], r[_POD], None, None, None) for r in seen if r[_IP] is not None]
+        told += [
+            (r[_IP], r[_PORT], r[_POD], None, None, None) for r in seen if r[_IP] is not None and r[_PORT] is not None
+        ]
         known: dict[tuple[str, int], list[object]] = {}
         for ip, port, *rest in told:
             found = known.setdefault((ip, int(port)), [None] * len(rest))

@@ -51,6 +51,11 @@ def text(found: "Diagnosis", deep: bool) -> Iterator[str]:
             yield from map(printable, _groups(finding.depth))
 
 
+def wide(found: "Diagnosis", _: bool) -> Iterator[str]:
+    """As `text`, with the backends of every service."""
+    return text(found, True)
+
+
 def as_json(found: "Diagnosis", _: bool) -> Iterator[str]:
     """Everything, as one object."""
     content = {
@@ -61,7 +66,7 @@ def as_json(found: "Diagnosis", _: bool) -> Iterator[str]:
         "warnings": found.warnings,
         "services": [_object(finding) for finding in found.findings],
     }
-    yield json.dumps(content, indent=1, default=str)
+    yield json.dumps(_plain(content), indent=1, default=str, allow_nan=False)
 
 
 def as_csv(found: "Diagnosis", _: bool) -> Iterator[str]:
@@ -81,7 +86,12 @@ def as_csv(found: "Diagnosis", _: bool) -> Iterator[str]:
 
 
 #: How a diagnosis can be shown.
-FORMATS: Mapping[str, Callable[["Diagnosis", bool], Iterator[str]]] = {"table": text, "json": as_json, "csv": as_csv}
+FORMATS: Mapping[str, Callable[["Diagnosis", bool], Iterator[str]]] = {
+    "table": text,
+    "wide": wide,
+    "json": as_json,
+    "csv": as_csv,
+}
 
 
 def _line(finding: "Finding") -> str:
@@ -159,6 +169,15 @@ def _object(finding: "Finding") -> dict[str, Any]:
         "causes": [{name: getattr(cause, name) for name in causes} for cause in finding.causes],
         "backends": _records(finding.backends),
     } | ({f"by_{by}": _records(frame) for by, frame in finding.depth.groups.items()} if finding.depth else {})
+
+
+def _plain(value: Any) -> Any:
+    """The value without what JSON does not know: not a number, and infinite ones, are null."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _records(frame: Any) -> Any:
