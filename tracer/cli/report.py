@@ -63,7 +63,7 @@ def report(
     if html is not None:
         from tracer.analysis import page
 
-        write_whole(html, lambda file: file.write(page.render(found, str(dataset))))
+        write_whole(html, lambda file: file.write(page.render(found, str(root))))
     for text in findings.FORMATS[output_format](found, service is not None):
         click.echo(text)
 

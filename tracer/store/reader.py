@@ -43,8 +43,9 @@ def files(
     every: Iterable[File] = root.glob(f"{table}/{_BELOW}") if isinstance(root, Path) else _remote(root, table)
     found = sorted(filter(wanted, every), key=lambda path: (path.parts[-3:-1], layout.start_of(path.name), path.name))
     if not found:
+        where = "directory" if isinstance(root, Path) else "address, and that there is such a bucket"
         raise NoDataError(
-            f"no {table} in {root}; check the directory, or wait for the agent's first publication (--rotate)"
+            f"no {table} in {root}; check the {where}, or wait for the agent's first publication (--rotate)"
         )
     return found
 

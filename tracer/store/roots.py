@@ -30,7 +30,7 @@ class RemoteFile:
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """A dataset's root in a file system of pyarrow's; `uri` is what it was called."""
+    """A dataset's root in a file system of pyarrow's; `uri` is what it was called, without secrets."""
 
     filesystem: Any
     base: PurePosixPath
@@ -74,10 +74,18 @@ def root_of(place: str | Path) -> Root:
     try:
         filesystem, base = fs.FileSystem.from_uri(place)
     except (ArrowException, OSError, ValueError) as error:
+        why = str(error).replace(place, _shown(place))
         raise UsageError(
-            f"{place} cannot be opened ({error}): give a directory, or an address such as s3://bucket/prefix"
+            f"{_shown(place)} cannot be opened ({why}): give a directory, or an address such as s3://bucket/prefix"
         ) from error
-    return Remote(filesystem, PurePosixPath(base), place)
+    return Remote(filesystem, PurePosixPath(base), _shown(place))
+
+
+def _shown(place: str) -> str:
+    """The address without what follows ``?``, and without a key and its secret, for messages and pages."""
+    scheme, _, rest = place.partition("?")[0].partition("://")
+    where, slash, path = rest.partition("/")
+    return f"{scheme}://{where.rpartition('@')[2]}{slash}{path}"
 
 
 def source(file: File) -> dict[str, Any]:
