@@ -270,7 +270,8 @@ def _range(root: Root, coverage: pa.Table, begin_ns: int | None, end_ns: int | N
         raise NoDataError(
             f"nothing in {root} between these times: it spans {_text(first)} to {_text(last)}; widen the range"
         )
-    return gather.bins_for(begin, end)
+    interval = float(pc.max(coverage["interval_s"]).as_py() or 0.0) if len(coverage) else 0.0
+    return gather.bins_for(begin, end, interval)
 
 
 def _unseen(known: Situations, coverage: pa.Table, ends: pa.Table, now_ns: int) -> list[str]:

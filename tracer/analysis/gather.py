@@ -37,11 +37,11 @@ class Counted:
 Engine = Callable[[Sequence[File], Bins], Generator[Counted, None, None]]
 
 
-def bins_for(begin_ns: int, end_ns: int) -> Bins:
-    """Bins of a range."""
+def bins_for(begin_ns: int, end_ns: int, interval_s: float = 0.0) -> Bins:
+    """Bins of a range, not narrower than the interval that rows are reported in."""
     for width_s in WIDTHS_S:
         bins = Bins(begin_ns, end_ns, width_s * 10**9)
-        if bins.count <= MOST_BINS:
+        if bins.count <= MOST_BINS and width_s >= interval_s:
             return bins
     return Bins(begin_ns, end_ns, -(-(end_ns - begin_ns) // MOST_BINS))
 
