@@ -13,14 +13,14 @@ from typing import Self
 
 from tracer.errors import TracerError, UsageError
 from tracer.lab import iptables as iptables_rules
+from tracer.lab import ipvs, rules, topology
 from tracer.lab import nftables as nftables_rules
-from tracer.lab import rules, topology
 from tracer.lab.netns import Namespace, open_all, wait_until
 from tracer.lab.topology import Conntrack, Loader, Node, Pod
 from tracer.lab.traffic import Client, Server
 
 #: What kube-proxy's rules are made with.
-PROXIES = ("iptables", "nftables")
+PROXIES = ("iptables", "nftables", "ipvs")
 POLICIES = ("Cluster", "Local")
 
 
@@ -173,6 +173,8 @@ class Cluster:
     def _loader(self, node: Node, family: int) -> Loader:
         if self._proxy == "iptables":
             return iptables_rules.Loader(node.netns, topology.POD_CIDR[family], self._iptables)
+        if self._proxy == "ipvs":
+            return ipvs.Loader(node.netns, topology.POD_CIDR[family], [node.addresses[family]])
         return nftables_rules.Loader(node.netns, topology.POD_CIDR[family], node_addresses=[node.addresses[family]])
 
     def client_in(self, where: Pod | Node | Namespace) -> Client:
@@ -183,7 +185,7 @@ class Cluster:
 
     @property
     def iptables(self) -> str:
-        """What the rules are made with: "nft" or "legacy" iptables, or "nftables"."""
+        """What the rules are made with: "nft" or "legacy" iptables, "nftables" or "ipvs"."""
         return self.nodes[0].loaders[self.families[0]].backend
 
     def saved_rules(self, family: int | None = None, table: str = "nat", node: int = 0) -> str:
