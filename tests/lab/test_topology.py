@@ -304,7 +304,7 @@ def test_a_syn_that_nobody_answers_is_repeated_as_often_as_asked() -> None:
 
 
 def test_addresses_of_what_is_not_there_are_refused_with_a_word() -> None:
-    for wrong in ({"network": "vxlan"}, {"proxy": "ipvs"}, {"nodes": 0}, {"nodes": 100}):
+    for wrong in ({"network": "vxlan"}, {"proxy": "userspace"}, {"nodes": 0}, {"nodes": 100}):
         with pytest.raises(UsageError, match=r"choose|room for"):
             Cluster(**wrong)  # type: ignore[arg-type]
     with Cluster(backends=1, clients=0) as cluster:

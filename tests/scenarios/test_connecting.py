@@ -199,6 +199,8 @@ def test_socket_pointers_that_are_reused_at_once(cluster: Cluster, tmp_path: Pat
         ledger = np.concatenate([client.finish_connects() for client in cluster.clients])
         cluster.settle()
     table, report = rows(tmp_path / "data"), coverage(tmp_path / "data")
+    # One of which the kernel showed nothing but the beginning is counted as lost, and may have conntrack's row.
+    table = table[table.role == "client"]
     seen = set(zip(table.src_ip, table.src_port, strict=True))
     shown = np.array([own in seen for own, _ in ends(ledger)])
     found = check(table, ledger[shown], cluster.servers)
@@ -208,7 +210,7 @@ def test_socket_pointers_that_are_reused_at_once(cluster: Cluster, tmp_path: Pat
     assert (set(found.nat), set(found.result)) == ({"dnat"}, {"ok"})
     assert (found.bytes_sent + found.bytes_received == 0).all()
     assert report.opened.sum() + report.late_begin.sum() == 4_000
-    assert report.flows.sum() == 0
+    assert report.flows.sum() <= report.lost_end.sum()
 
 
 @pytest.fixture

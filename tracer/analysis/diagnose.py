@@ -72,7 +72,9 @@ class Finding:
         tests = [test for test in self.verdict.tests if test.measure in self.verdict.measures]
         if not tests:
             return ""
-        worst = max(tests, key=lambda test: test.effect)
+        # Where all measures are about as uneven, connections say it best: the others follow from them.
+        most = max(test.effect for test in tests)
+        worst = next(test for test in tests if test.effect > 0.8 * most)
         mine = self.backends[self.backends["endpoint"]]
         share = mine[f"{worst.measure}_share"] * len(mine)
         least = share.max() < RATIO
