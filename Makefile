@@ -37,7 +37,7 @@ test-kernels: setup vm-packages
 	$(BIN)/python -m tests.vm.matrix --page
 
 test-kernels-short: setup vm-packages
-	$(BIN)/python -m tests.vm.matrix --short --kernel bullseye-security --kernel trixie-backports
+	$(BIN)/python -m tests.vm.matrix --short --kernel bookworm --kernel trixie-backports
 
 vm-packages:
 	@dpkg -s $(VM_PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \

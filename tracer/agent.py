@@ -145,7 +145,10 @@ def follow(
     rhythm.every(lambda: BALANCERS_S, capture.watch_balancers)
     rhythm.every(lambda: SWEEP_S, capture.sweep)
     while True:
-        received = signal.sigtimedwait(STOP_SIGNALS, sleep)
+        # Asked without waiting: CPython's sigtimedwait, interrupted (as by SIGSTOP and SIGCONT) until its time is over,
+        # returns whatever is on its stack.
+        time.sleep(sleep)
+        received = signal.sigtimedwait(STOP_SIGNALS, 0)
         sleep = HURRIED_DRAIN_S if capture.fill() > _HURRY else DRAIN_S
         hand_over()
         now = time.monotonic()

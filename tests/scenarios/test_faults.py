@@ -1,0 +1,152 @@
+"""When things break: nothing corrupt, nothing wrong, and losses equal to the count."""
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from agent_world import agent, coverage, losses, rows, until
+from scenarios.truth import accepted
+
+from tracer.lab.cluster import Cluster
+from tracer.lab.netns import Namespace
+
+pytestmark = pytest.mark.needs("bpf", "netns", "conntrack", "iptables")
+
+SENDS, RECEIVES = 100, 300
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with Cluster(backends=3, clients=2) as made:
+        yield made
+
+
+def backends(cluster: Cluster) -> dict[tuple[str, int], str]:
+    """The servers' own account: the client's address and port, and the address of the backend that accepted it."""
+    return {source: backend[0] for _, source, backend in accepted(cluster.servers)}
+
+
+def never_wrong(output: Path, cluster: Cluster) -> None:
+    """A row has the right backend or none that it knows of; "not translated" is said of no one."""
+    right, table = backends(cluster), rows(output)
+    table = table[table.role == "client"]
+    known = table[table.backend_ip.notna()]
+    told = dict(zip(zip(known.src_ip, known.src_port, strict=True), known.backend_ip, strict=True))
+    assert {source: right.get(source) for source in told} == told
+    assert set(table.nat) <= {"dnat", "unknown"}
+
+
+@contextmanager
+def again_and_again(what: object) -> Iterator[None]:
+    """Does something over and over in another thread, until the block is left."""
+    stop = threading.Event()
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                what()  # type: ignore[operator]
+        except Exception as error:  # noqa: BLE001  told below, in the thread that waits
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed, failed
+
+
+def test_a_consumer_that_stands_still_loses_by_count(cluster: Cluster, tmp_path: Path) -> None:
+    with agent(cluster, tmp_path / "data", "--ring-bytes", "128KiB") as running:
+        cluster.clients[0].connect_many(50, cluster.vip(), SENDS, RECEIVES)
+        running.process.send_signal(signal.SIGSTOP)
+        ledger = cluster.clients[1].connect_many(3000, cluster.vip(), SENDS, RECEIVES)
+        cluster.settle()
+        running.process.send_signal(signal.SIGCONT)
+        cluster.clients[0].connect_many(50, cluster.vip(), SENDS, RECEIVES)
+        cluster.settle()
+        running.stop()
+    assert "stopped (SIGTERM)" in running.said
+    assert len(ledger) == 3000
+    lost = losses(tmp_path / "data")
+    assert lost == coverage(tmp_path / "data").lost_ring.sum()
+    assert 1000 < lost < 3000
+    assert len(rows(tmp_path / "data")) + lost == 3100
+    never_wrong(tmp_path / "data", cluster)
+
+
+def test_events_turned_off_while_it_runs(cluster: Cluster, tmp_path: Path) -> None:
+    with agent(cluster, tmp_path / "data") as running:
+        for events in (2, 0, 2):
+            cluster.node.sysctl({"net.netfilter.nf_conntrack_events": events})
+            cluster.clients[0].connect_many(100, cluster.vip(), SENDS, RECEIVES)
+        cluster.settle()
+        running.stop()
+    table = rows(tmp_path / "data").sort_values("started")
+    assert len(table) == 300
+    assert list(table.nat) == ["dnat"] * 100 + ["unknown"] * 100 + ["dnat"] * 100
+    assert coverage(tmp_path / "data").unresolved.sum() == 100
+    never_wrong(tmp_path / "data", cluster)
+
+
+def test_the_output_directory_deleted_under_load(cluster: Cluster, tmp_path: Path) -> None:
+    output = tmp_path / "data"
+    with agent(cluster, output, "--rotate", "300ms") as running:
+        cluster.clients[0].connect_many(100, cluster.vip(), SENDS, RECEIVES)
+        until(lambda: list(output.rglob("[!.]*.parquet")), "a first file")
+        shutil.rmtree(output)
+
+        def there_again() -> bool:
+            cluster.clients[0].connect_many(20, cluster.vip(), SENDS, RECEIVES)
+            return bool(list(output.glob("connections/**/[!.]*.parquet")))
+
+        until(there_again, "the directory to be there again")
+        shown = cluster.clients[1].connect_many(100, cluster.vip(), SENDS, RECEIVES)
+        cluster.settle()
+        running.stop()
+    table = rows(output)
+    mine = table[table.src_ip == cluster.client_pods[1].ips[4]]
+    assert sorted(mine.src_port) == sorted(int(port) for port in shown["local_port"])
+    never_wrong(output, cluster)
+
+
+def test_namespaces_that_come_and_go_under_load(cluster: Cluster, tmp_path: Path) -> None:
+    made = 0
+
+    def come_and_go() -> None:
+        nonlocal made
+        with Namespace("brief"):
+            made += 1
+
+    with agent(cluster, tmp_path / "data", "--interval", "1s") as running:
+        before = running.resident()
+        with again_and_again(come_and_go):
+            ledger = [client.connect_many(2000, cluster.vip(), SENDS, RECEIVES, rate=500) for client in cluster.clients]
+        cluster.settle()
+        grown = running.resident() - before
+        running.stop()
+    assert made > 50
+    assert grown < 60
+    assert len(rows(tmp_path / "data")) + losses(tmp_path / "data") == sum(map(len, ledger))
+    never_wrong(tmp_path / "data", cluster)
+
+
+def test_many_connections_are_open_at_the_start(tmp_path: Path) -> None:
+    with Cluster(backends=6, clients=4) as cluster:
+        for client in cluster.clients:
+            client.hold(2500, cluster.vip())
+        with agent(cluster, tmp_path / "data") as running:
+            running.stop()
+        table = rows(tmp_path / "data")
+        assert len(table) == 10_000
+        assert not table.opened.any()
+        assert set(table.nat) == {"dnat"}
+        assert losses(tmp_path / "data") == 0
+        never_wrong(tmp_path / "data", cluster)
