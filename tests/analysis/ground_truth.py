@@ -47,10 +47,9 @@ def said_of(situation: Situation) -> verdicts.Verdict:
 def judge(case: cases.Case) -> Judged:
     """What is said of one case."""
     situation = of_tables(case.tables, "shop/web")
-    said = said_of(situation)
-    found = cause.hypotheses(situation, said.measures) if said.measures else []
+    said, found = cause.explained(situation, said_of(situation))
     first = found[0].name if found else cases.UNEXPLAINED
-    return Judged(case.truth, case.variant, case.strength, (said if found else verdicts.unexplained(said)).word, first)
+    return Judged(case.truth, case.variant, case.strength, said.word, first)
 
 
 def troubled(seeds: Iterable[int], strengths: Iterable[str]) -> list[Judged]:
@@ -93,12 +92,13 @@ def table(judged: list[Judged]) -> str:
 
 
 def summary(judged: list[Judged]) -> str:
-    """The three figures that count."""
+    """The figures that count."""
     clear = [j for j in judged if j.strength != "weak"]
-    wrong = sum(j.wrong for j in judged if j.strength == "weak")
+    weak = Counter(
+        "right" if j.right else "confidently wrong" if j.wrong else j.verdict for j in judged if j.strength == "weak"
+    )
     return (
-        f"right cause first: {sum(j.right for j in clear)} of {len(clear)} medium and strong cases; weak cases "
-        f"confidently wrong: {wrong} of {len(judged) - len(clear)}"
+        f"right cause first: {sum(j.right for j in clear)} of {len(clear)} medium and strong cases; weak: {dict(weak)}"
     )
 
 

@@ -28,9 +28,9 @@ def elephants(world: World, s: float) -> None:
     """A handful of connections of one client each carry most of the bytes; new connections are even."""
     service, clients, short = web(world)
     world.dial(service, clients, short)
-    few = traffic.pools(world.rng, 3, 1, life_s=100_000.0, rate=by(world, s, (30.0, 400.0), 4_000.0, 20_000.0))
+    few = traffic.pools(world.rng, 3, 1, life_s=100_000.0, rate=by(world, s, (1500.0, 3000.0), 4_000.0, 20_000.0))
     if s < 0.3:
-        few.life = np.minimum(few.life, 3000.0 + world.rng.uniform(10, 100, len(few)))
+        few.life = np.minimum(few.life, 3000.0 + world.rng.uniform(300, 1200, len(few)))
     world.dial(service, clients[:3], few)
 
 
@@ -67,7 +67,7 @@ def bypass(world: World, s: float) -> None:
     """Some clients have resolved the pods' own addresses, and keep to one or two of them."""
     service, clients, dials = web(world)
     dials.direct = dials.client < round(1 + 5 * s)
-    dials.direct &= world.rng.random(len(dials)) < by(world, s, (0.05, 0.7), 1.0, 1.0)
+    dials.direct &= world.rng.random(len(dials)) < by(world, s, (0.35, 0.7), 1.0, 1.0)
 
     def pick(w: World, v: Service, d: Dials) -> np.ndarray:
         return np.where(d.direct, (d.client % 3) // 2, kube_proxy(w, v, d))

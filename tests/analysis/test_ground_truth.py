@@ -23,8 +23,10 @@ def test_the_right_cause_comes_first(judged: list[ground_truth.Judged]) -> None:
     assert sum(j.right for j in clear) >= 0.95 * len(clear), [j for j in clear if not j.right]
 
 
-def test_a_weak_case_is_never_confidently_wrong(judged: list[ground_truth.Judged]) -> None:
-    assert not [j for j in judged if j.strength == "weak" and j.wrong]
+def test_a_weak_case_is_right_or_inconclusive(judged: list[ground_truth.Judged]) -> None:
+    weak = [j for j in judged if j.strength == "weak"]
+    assert len(weak) >= 40
+    assert not [j for j in weak if not j.right and j.verdict != "inconclusive"]
 
 
 def test_every_cause_is_found_at_least_once(judged: list[ground_truth.Judged]) -> None:

@@ -8,7 +8,8 @@ from analysis.situation_world import situation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracer.analysis import verdict
+from tracer.analysis import cause, verdict
+from tracer.analysis.causes import chance
 from tracer.analysis.causes.situation import MEASURES, Situation
 
 
@@ -27,15 +28,15 @@ def opened(*counts: int, **more: object) -> Situation:
     [(18.307, 10, 0.05), (29.588, 10, 0.001), (11.070, 5, 0.05), (124.342, 100, 0.05), (20.0, 2, math.exp(-10))],
 )
 def test_the_tail_of_chi_square(value: float, freedom: int, tail: float) -> None:
-    assert verdict.chi_square_tail(value, freedom) == pytest.approx(tail, rel=1e-3)
+    assert chance.chi_square_tail(value, freedom) == pytest.approx(tail, rel=1e-3)
 
 
 def test_few_picks_are_drawn_exactly() -> None:
     # Eight picks, all to one of two: 2 of the 256 sequences are as far from even.
-    found = verdict.probability(np.array([8.0, 0.0]), np.array([4.0, 4.0]), 8)
+    found = chance.probability(np.array([8.0, 0.0]), np.array([4.0, 4.0]), 8)
     assert found == pytest.approx(2 / 256, rel=0.1)
-    assert verdict.probability(np.array([8.0, 0.0]), np.array([4.0, 4.0]), 8) == found
-    assert verdict.probability(np.array([4.0, 4.0]), np.array([4.0, 4.0]), 8) == 1
+    assert chance.probability(np.array([8.0, 0.0]), np.array([4.0, 4.0]), 8) == found
+    assert chance.probability(np.array([4.0, 4.0]), np.array([4.0, 4.0]), 8) == 1
 
 
 @settings(max_examples=20, deadline=None)
@@ -44,14 +45,14 @@ def test_p_of_what_chance_makes_is_uniform(seed: int, backends: int, picks: int)
     rng = np.random.default_rng(seed)
     even = np.full(backends, picks / backends)
     found = np.array(
-        [verdict.probability(row.astype(float), even, picks) for row in rng.multinomial(picks, even / picks, 60)]
+        [chance.probability(row.astype(float), even, picks) for row in rng.multinomial(picks, even / picks, 60)]
     )
     # of 60, 12 below 0.05 have a probability of 2e-5
     assert (found < 0.05).sum() < 12
 
 
 def test_load_on_one_that_was_to_get_none_is_no_chance() -> None:
-    assert verdict.probability(np.array([50.0, 50.0]), np.array([100.0, 0.0]), 100) == 0
+    assert chance.probability(np.array([50.0, 50.0]), np.array([100.0, 0.0]), 100) == 0
 
 
 def test_even_uneven_and_too_few() -> None:
@@ -63,8 +64,35 @@ def test_even_uneven_and_too_few() -> None:
     few = judged(opened(9, 4, 5))
     assert few.word == "inconclusive"
     assert "would tell" in few.reasons[0]
-    # beyond chance, and of no matter
+    # beyond chance, and too little for a word
     assert judged(opened(1_020_000, 1_000_000, 980_000)).word == "balanced"
+
+
+def test_balanced_is_not_said_of_a_small_skew_beyond_chance_nor_of_a_large_one_within() -> None:
+    small = judged(opened(10_800, 10_000, 10_000))
+    assert (small.word, small.measures) == ("inconclusive", ("connections",))
+    assert "more than chance makes" in small.reasons[0]
+    large = judged(opened(130, 90, 100, 95, 100))
+    assert large.word == "inconclusive"
+    assert "chance may make that" in large.reasons[0]
+
+
+def test_balanced_is_not_said_while_a_backend_fails() -> None:
+    cells = [{"backend": i, "opened": 5000, "bytes": 100, "duration_us": 1000} for i in range(3)]
+    even = situation([*cells, {"backend": 2, "opened": 0, "refused": 400}])
+    said, found = cause.explained(even, judged(even))
+    assert judged(even).word == "balanced"
+    assert (said.word, [one.name for one in found]) == ("inconclusive", ["failing-backend"])
+    assert "failed 400 of 5000" in said.reasons[0]
+
+
+def test_a_skew_without_a_cause_is_not_proven_where_much_of_it_may_be_unseen() -> None:
+    cells = [{"backend": i, "opened": n} for i, n in enumerate((2000, 1000, 1000))]
+    seen = judged(situation(cells, lost={"node-0": 0.03}))
+    hidden = judged(situation(cells, lost={"node-0": 0.1}))
+    assert (seen.word, hidden.word) == ("uneven", "uneven")
+    assert verdict.unexplained(hidden).word == "inconclusive"
+    assert "what was not seen" in verdict.unexplained(hidden).reasons[0]
 
 
 def test_what_was_not_seen_may_explain_it() -> None:

@@ -18,7 +18,8 @@ from tracer.analysis.causes import (
     topology,
 )
 from tracer.analysis.causes.hypothesis import Detector, Hypothesis
-from tracer.analysis.causes.situation import Situation
+from tracer.analysis.causes.situation import MEASURES, Situation
+from tracer.analysis.verdict import BALANCED, Verdict, suspected, unexplained
 
 #: All detectors; where two explain the same, the one that says more (and is listed first) comes first.
 DETECTORS: tuple[Detector, ...] = (
@@ -35,6 +36,9 @@ DETECTORS: tuple[Detector, ...] = (
     missing.not_seen,
     rounding.rounding,
 )
+
+#: Detectors of trouble that is one however even the load: they speak only of what they see beyond chance.
+TROUBLES: tuple[Detector, ...] = (routing.stale_translation, failures.failing_backend, failures.slow_to_accept)
 
 #: What explains less than this part of the skew is no cause of it.
 LEAST = 0.4
@@ -63,3 +67,26 @@ def hypotheses(situation: Situation, measures: Sequence[str]) -> list[Hypothesis
     alike = max((one.score for one in ranked), default=0.0) - ALIKE
     ranked.sort(key=lambda one: (one.score < alike, place[one.name] if one.score >= alike else 0, -one.score))
     return [one for one in ranked if one.score >= LEAST]
+
+
+def explained(situation: Situation, said: Verdict) -> tuple[Verdict, list[Hypothesis]]:
+    """A verdict by the tests alone, and the causes: what is left of it, and these.
+
+    An uneven load that clients' habits may have made, for which no cause is found, is inconclusive. So is one that
+    looks even while a backend fails: the picks are not all there is.
+    """
+    if said.word == BALANCED:
+        signs = troubles(situation)
+        return suspected(said, signs[0].sentence) if signs else said, signs
+    found = hypotheses(situation, said.measures) if said.measures else []
+    return said if found else unexplained(said), found
+
+
+def troubles(situation: Situation) -> list[Hypothesis]:
+    """What `TROUBLES` see of any measure; they explain nothing of the skew, for there is none to explain."""
+    found: dict[str, Hypothesis] = {}
+    for detect in TROUBLES:
+        for measure in MEASURES:
+            for one in detect(situation, measure):
+                found.setdefault(one.name, dataclasses.replace(one, score=0.0))
+    return list(found.values())

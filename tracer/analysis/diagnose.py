@@ -32,7 +32,6 @@ from tracer.analysis.verdict import (
     Verdict,
     discoveries,
     test_of,
-    unexplained,
     verdict,
 )
 from tracer.analysis.watched import COLUMNS
@@ -91,7 +90,9 @@ class Finding:
             why = f"Cause: {first.name}. {first.sentence}" if first else f"No cause found. {reason}"
             said = f"{self.headline}. {why}"
         else:
-            said = reason + (f" It may be {first.name}: {first.sentence}" if first else "")
+            said = reason
+            if first and first.sentence not in reason:
+                said += f" It may be {first.name}: {first.sentence}"
         mark = ":" if word == UNEVEN else "."
         return f"{self.service} is {word}{mark} {said} {self.note}".rstrip()
 
@@ -221,9 +222,7 @@ def _findings(known: Situations, part: Partial, chosen: set[ServicePort], deep: 
 
 def _finding(port: ServicePort, situation: Situation, tests: Sequence[Test], deep: bool) -> Finding:
     said = verdict(tests) if tests or situation.entitled.sum() != 1 else ALONE
-    causes = cause.hypotheses(situation, said.measures) if said.measures else []
-    if not causes:
-        said = unexplained(said)
+    said, causes = cause.explained(situation, said)
     entitled = situation.entitled
     return Finding(
         port=port,

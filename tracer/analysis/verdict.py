@@ -10,21 +10,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tracer.analysis.causes.chance import probability
 from tracer.analysis.causes.explain import by_chance, distance, units
 from tracer.analysis.causes.hypothesis import CALLED, percent
 from tracer.analysis.causes.missing import filled, unseen
-from tracer.analysis.causes.situation import MEASURES, Floats, Situation
+from tracer.analysis.causes.situation import MEASURES, Situation
 
 #: A skew that matters: this part of the load would have to go elsewhere, or a backend has this ratio to its fair share
 #: (or lacks as much).
 SKEWED, RATIO = 0.1, 1.25
+#: Below this, no skew is worth a word, however certain: of enough connections everything is beyond chance.
+LEAST = 0.01
 #: False discoveries accepted among all that is called uneven. The effective number of picks is itself an estimate, and
 #: heavy tails make it a rough one: bytes and connection time must be far rarer by chance.
 DISCOVERIES = {"connections": 0.01, "connection_time": 1e-4, "bytes": 1e-4}
+#: A skew without a cause is not proven where this part of it may lie in what was not seen.
+UNSEEN = 0.25
 #: Where chance alone makes a distance beyond this, a skew that matters could not be told from it.
 LUMPY = 0.08
-#: Below so many expected picks of a backend the chi-square distribution is wrong: the multinomial is drawn instead.
-FEW, DRAWS, SEED = 5.0, (999, 99_999), 20_260_731
 
 BALANCED, UNEVEN, INCONCLUSIVE = "balanced", "uneven", "inconclusive"
 
@@ -38,7 +41,7 @@ class Test:
     `picks` the effective number of independent picks, `chance` the effect that chance alone makes of so many; `clumped`
     how much more connections vary from client to client than independent picks do (1: not at all), and `p_clumped` the
     probability if every pick stood for so many; `effect_at_least` the effect had everything unseen gone where load is
-    lacking.
+    lacking, and `matters_at_least` whether it would matter then.
     """
 
     measure: str
@@ -51,22 +54,28 @@ class Test:
     clumped: float
     p_clumped: float
     effect_at_least: float
+    matters_at_least: bool
     q: float = 1.0
 
     @property
     def matters(self) -> bool:
         """Whether the skew, beyond chance or not, is large enough to be worth a word."""
-        return self.effect >= SKEWED or self.ratio >= RATIO or self.least <= 2 - RATIO
+        return _matters(self.effect, self.ratio, self.least)
+
+    @property
+    def there(self) -> bool:
+        """Whether there is a skew at all, small as it may be: beyond chance."""
+        return self.effect >= LEAST and self.q <= DISCOVERIES[self.measure]
 
     @property
     def proven(self) -> bool:
         """Whether a skew that matters is beyond chance."""
-        return self.matters and self.q <= DISCOVERIES[self.measure]
+        return self.matters and self.there
 
     @property
     def stands(self) -> bool:
         """Whether a proven skew would be one too had all that was not seen gone where load is lacking."""
-        return self.proven and self.effect_at_least >= min(SKEWED, self.effect) / 2
+        return self.proven and self.matters_at_least
 
     @property
     def hidden(self) -> bool:
@@ -88,6 +97,10 @@ class Verdict:
 ALONE = Verdict(BALANCED, (), (), ("It has one backend.",))
 
 
+def _matters(effect: float, ratio: float, least: float) -> bool:
+    return effect >= SKEWED or ratio >= RATIO or least <= 2 - RATIO
+
+
 def test_of(situation: Situation, measure: str) -> Test | None:
     """The test of one measure; None if there is no load of it, or nobody to share it with."""
     load, even = situation.load(measure), situation.even(measure)
@@ -95,6 +108,9 @@ def test_of(situation: Situation, measure: str) -> Test | None:
     if load.sum() <= 0 or even.sum() <= 0 or (entitled.sum() == 1 and load[~entitled].sum() == 0):
         return None
     ratios = load[entitled] / even[entitled]
+    most_even = filled(load, even, unseen(situation, measure).total)
+    still = most_even[entitled] / (even[entitled] * most_even.sum() / load.sum())
+    at_least = distance(most_even, even)
     picks = units(situation, measure)
     clumped = clumping(situation)
     return Test(
@@ -107,55 +123,9 @@ def test_of(situation: Situation, measure: str) -> Test | None:
         chance=by_chance(even, picks),
         clumped=clumped,
         p_clumped=probability(load, even, picks / clumped),
-        effect_at_least=distance(filled(load, even, unseen(situation, measure).total), even),
+        effect_at_least=at_least,
+        matters_at_least=_matters(at_least, float(still.max()), float(still.min())),
     )
-
-
-def probability(load: Floats, even: Floats, picks: float) -> float:
-    """How probable a split at least as far from `even` is by chance, of so many independent picks.
-
-    The G-test with Williams' correction (1976); where a backend is to expect fewer than `FEW` picks, drawn multinomials
-    (seeded, so the same data have the same answer). 0 if load is on those who were to get none.
-    """
-    entitled = even > 0
-    if load[~entitled].sum() > 0.5 * load.sum() / max(1.0, picks):
-        return 0.0
-    share = even[entitled] / even.sum()
-    k = len(share)
-    if k < 2 or picks < 2:
-        return 1.0
-    g = float(_g(load[entitled] / load[entitled].sum(), share, picks))
-    if picks * share.min() >= FEW:
-        williams = 1 + ((1 / share).sum() - 1) / (6 * picks * (k - 1))
-        return chi_square_tail(g / williams, k - 1)
-    number = round(picks)
-    for draws in DRAWS:
-        drawn = np.random.default_rng(SEED).multinomial(number, share, size=draws)
-        beyond = int((_g(drawn / number, share, picks) >= g * (1 - 1e-12)).sum())
-        if beyond >= 10:
-            break
-    return (beyond + 1) / (draws + 1)
-
-
-def _g(part: Floats, share: Floats, picks: float) -> Floats:
-    """2 n sum p ln(p/q) along the last axis; p ln p is 0 where p is."""
-    logs = np.log(np.where(part > 0, part / share, 1.0))
-    return np.asarray(2 * picks * (part * logs).sum(axis=-1))
-
-
-def chi_square_tail(value: float, freedom: int) -> float:
-    """P(chi-square with so many degrees of freedom > value): Q(a + 1, x) = Q(a, x) + x^a e^-x / gamma(a + 1).
-
-    From Q(1, x) = e^-x, or Q(1/2, x) = erfc(sqrt x); NIST's Digital Library of Mathematical Functions, 8.8.6 and 8.4.
-    """
-    x = value / 2
-    if x <= 0:
-        return 1.0
-    a, tail = (0.5, math.erfc(math.sqrt(x))) if freedom % 2 else (1.0, math.exp(-x))
-    while a < freedom / 2:
-        tail += math.exp(a * math.log(x) - x - math.lgamma(a + 1))
-        a += 1
-    return min(1.0, tail)
 
 
 def clumping(situation: Situation) -> float:
@@ -199,12 +169,13 @@ def verdict(tests: Sequence[Test]) -> Verdict:
     for word, chosen, say in (
         (UNEVEN, [test for test in tests if test.stands], _beyond_chance),
         (INCONCLUSIVE, [test for test in tests if test.proven], _maybe_unseen),
-        (INCONCLUSIVE, [test for test in tests if test.matters and test.hidden], _too_few),
+        (INCONCLUSIVE, [test for test in tests if test.matters], _not_proven),
+        (INCONCLUSIVE, [test for test in tests if test.there], _small),
     ):
         if chosen:
             return Verdict(word, tuple(tests), tuple(test.measure for test in chosen), tuple(map(say, chosen)))
     worst = max(tests, key=lambda test: test.effect)
-    why = "more than by chance, but too little to matter" if worst.q <= DISCOVERIES[worst.measure] else "within chance"
+    why = "within chance" if worst.effect >= LEAST else "too little for a word"
     return Verdict(BALANCED, tuple(tests), (), (f"{_say(worst)}: {why}.",))
 
 
@@ -212,16 +183,21 @@ def unexplained(said: Verdict) -> Verdict:
     """What remains of a verdict for which no cause was found.
 
     Where clients repeat themselves, their connections are fewer picks than they are many; if so many fewer could have
-    made the skew by chance, nothing is proven.
+    made the skew by chance, nothing is proven. Nor is it if what was not seen may hold a good part of the skew.
     """
     if said.word != UNEVEN:
         return said
-    firm = [test for test in said.tests if test.stands and test.p_clumped <= DISCOVERIES[test.measure]]
-    if firm:
+    standing = [test for test in said.tests if test.stands]
+    seen = [test for test in standing if test.effect_at_least >= (1 - UNSEEN) * test.effect]
+    if any(test.p_clumped <= DISCOVERIES[test.measure] for test in seen):
         return said
-    return dataclasses.replace(
-        said, word=INCONCLUSIVE, reasons=tuple(_clumped(test) for test in said.tests if test.stands)
-    )
+    reasons = map(_clumped, seen) if seen else map(_maybe_unseen, standing)
+    return dataclasses.replace(said, word=INCONCLUSIVE, reasons=tuple(reasons))
+
+
+def suspected(said: Verdict, trouble: str) -> Verdict:
+    """What remains of "balanced" where something is wrong that the split does not show (a sentence)."""
+    return dataclasses.replace(said, word=INCONCLUSIVE, reasons=(f"{said.reasons[0]} But {trouble}",))
 
 
 def needed(test: Test) -> int:
@@ -240,10 +216,20 @@ def _maybe_unseen(test: Test) -> str:
     )
 
 
-def _too_few(test: Test) -> str:
+def _not_proven(test: Test) -> str:
+    if not test.hidden:
+        shares = f"the backends have {test.least:.2f} to {test.ratio:.2f} times their share"
+        return f"{_say(test)} ({shares}), but chance may make that of {test.picks:,.0f} picks (p = {test.p:.2g})."
     return (
         f"{_say(test)}, but it hangs on {test.picks:,.0f} independent picks, of which chance alone makes "
         f"{percent(test.chance)}; {needed(test):,} would tell."
+    )
+
+
+def _small(test: Test) -> str:
+    return (
+        f"{_say(test)}: more than chance makes of {test.picks:,.0f} independent picks ({_chance(test.p)}), but less "
+        f"than the {percent(SKEWED)} from which it is called uneven."
     )
 
 

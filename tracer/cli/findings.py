@@ -113,7 +113,8 @@ def _depth(finding: "Finding") -> Iterator[str]:
     for sentence in finding.verdict.reasons:
         yield f"  {sentence}"
     for number, cause in enumerate(finding.causes, 1):
-        yield f"  {number}. {cause.name} (explains {cause.score:.0%}). {cause.sentence}"
+        explains = f" (explains {cause.score:.0%})" if cause.score else ""
+        yield f"  {number}. {cause.name}{explains}. {cause.sentence}"
         yield f"     {cause.remedy}"
         if cause.rows:
             yield f"     rows: {' and '.join(f'{column} {op} {_value(value)}' for column, op, value in cause.rows)}"

@@ -4,9 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tracer.analysis.causes.chance import alike
 from tracer.analysis.causes.explain import CHANCE, by_chance, distance, without
 from tracer.analysis.causes.hypothesis import Hypothesis, percent, percent_of, some, times
 from tracer.analysis.causes.situation import MEASURES, Situation
+
+#: A node deviates if chance makes so large a difference this rarely, over all nodes.
+DEVIATES = 0.001
 
 
 def bypass(situation: Situation, measure: str) -> Iterator[Hypothesis]:
@@ -104,10 +108,10 @@ def deviating_node(situation: Situation, measure: str) -> Iterator[Hypothesis]:
         here, others = virtual & (node == place), virtual & (node != place)
         mine, theirs = situation.load("connections", here), situation.load("connections", others)
         fair = situation.fair("connections", here)
-        chance = by_chance(fair, opened[here].sum()) + by_chance(fair, opened[others].sum())
         apart = distance(mine, theirs)
         by_client = np.bincount(situation.places("client")[here], opened[here])
-        if apart <= CHANCE * chance or by_client.max(initial=0) > 0.95 * by_client.sum():
+        one_client = by_client.max(initial=0) > 0.95 * by_client.sum()
+        if one_client or alike(mine, theirs) > DEVIATES / len(np.unique(node[virtual])):
             continue
         explained = without(situation, measure, situation.known & (node == place))
         if best is not None and best.score >= explained.score:
