@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def run(
-    *arguments: str | Path, env: Mapping[str, str] | None = None, **options: Any
+    *arguments: str | Path, env: Mapping[str, str] | None = None, prefix: Sequence[str] = (), **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end. stdout and stderr as text."""
+    """Runs the command to its end, by way of `prefix` where that is given. stdout and stderr as text."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"} | options
-    return subprocess.run(command(*arguments), env=environment(**(env or {})), check=False, timeout=60, **options)
+    return subprocess.run(
+        [*prefix, *command(*arguments)], env=environment(**(env or {})), check=False, timeout=60, **options
+    )
 
 
 def sentence(done: subprocess.CompletedProcess[str], code: int) -> str:

@@ -18,6 +18,11 @@ from tracer.cli.signals import hold
 @click.option("--rotate-bytes", type=size, default="64MiB", show_default=True, help="Publish a file of this size.")
 @click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Write this file once tracing.")
 @click.option("--duration", type=duration, help="Stop by itself after so long.")
+@click.option(
+    "--enable-accounting",
+    is_flag=True,
+    help="Set net.netfilter.nf_conntrack_acct on the node, and leave it: bytes of forwarded connections.",
+)
 @names_options
 @capture_options
 def agent(**values: Any) -> None:
@@ -31,6 +36,7 @@ def agent(**values: Any) -> None:
             output=values["output"],
             node=values["node"],
             capture=capture,
+            enable_accounting=values["enable_accounting"],
             kubeconfig=values["kubeconfig"],
             name_wait_s=values["name_wait"],
             rotate_s=values["rotate"],
