@@ -40,7 +40,8 @@ enum counter {
 	COUNT_LOST_FLOW_RING, /* LOST: closing records of flows that found the ring full */
 	COUNT_TRANSIT, /* entries that ended, without a row: no local socket's, and this node rewrote no destination */
 	COUNT_LOST_OWNER_MAP, /* LOST: processes of UDP sockets that found the owner map full: their rows are forwarded */
-	COUNT_LOST_DIAL_MAP, /* LOST: addresses given to connect() that found the dial map full */
+	COUNT_LOST_DIAL_MAP,	 /* LOST: addresses given to connect() that found the dial map full */
+	COUNT_LOST_LISTENER_MAP, /* LOST: ports with a listener that found no room at the start: see LISTENERS */
 	COUNT_UNDIALLED, /* connections without the address given to connect(), where that may have been rewritten */
 	COUNTERS
 };

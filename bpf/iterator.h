@@ -29,7 +29,7 @@ static __always_inline void remember_listener(const void *sk)
 	READ(port, sk, OFFSET_sock_common__skc_num);
 	key = listener_key(read_netns(sk), bpf_htons(port));
 	if (bpf_map_update_elem_(LISTENERS, &key, &one, BPF_ANY))
-		count(COUNT_LOST_CONNECTION_MAP);
+		count(COUNT_LOST_LISTENER_MAP);
 }
 
 /* Accepted or dialled: by conntrack's original direction, else by a listener on the local port. */

@@ -159,7 +159,7 @@ enum mode {
 
 /* listeners: netns << 16 | port -> u8. Hash. Filled by the iterator in MODE_ADOPT, which walks listening sockets
  * before the others: a socket with a listener on its local port was accepted. Full: such a socket is taken for
- * a dialled one, and COUNT_LOST_CONNECTION_MAP says that the start did not fit. */
+ * a dialled one, unless conntrack tells; COUNT_LOST_LISTENER_MAP. */
 #define LISTENERS MAP(LISTENERS_FD)
 
 /* netns_filter: inode number -> u8. Hash, written by user space before the programs are attached, if

@@ -162,4 +162,5 @@ class Counter(enum.IntEnum):
     TRANSIT = 25
     LOST_OWNER_MAP = 26
     LOST_DIAL_MAP = 27
-    UNDIALLED = 28
+    LOST_LISTENER_MAP = 28
+    UNDIALLED = 29

@@ -284,6 +284,11 @@ COVERAGE: tuple[Column, ...] = (
     _count("lost_flow_ring", "LOST: closing records of flows that found the ring buffer full", "row"),
     _count("lost_owner_map", "LOST: processes of UDP sockets that found no room: their rows are of role forwarded"),
     _count("lost_dial_map", "LOST: addresses given to connect() that found no room"),
+    _count(
+        "lost_listener_map",
+        "LOST: ports with a listener at the start that found no room: what they accepted may be taken for dialled",
+        "port",
+    ),
     _count("lost_translation_map", "LOST: translations that found the translation map full", "translation"),
     Column("lost_writer", pa.uint64(), "LOST: rows that never reached a published file", unit="row"),
     _count("deferred", "interim records that found the ring buffer full: the next row carries them", "row"),
@@ -309,6 +314,12 @@ COVERAGE: tuple[Column, ...] = (
         "connection tracking entries with a zone for one direction only, which no tuple is joined with, as of the last "
         "dump (a gauge)",
         unit="entry",
+    ),
+    _null(
+        "unentered_namespaces",
+        pa.uint64(),
+        "network namespaces that the last walk of all sockets could not enter: no interim rows from there (a gauge)",
+        unit="namespace",
     ),
     _null("translations", pa.uint64(), "translations known at ts (a gauge)", unit="translation"),
     _count(

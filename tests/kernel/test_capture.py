@@ -1,13 +1,17 @@
 """The capture by itself: what user space keeps right in the kernel's maps."""
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tracer.errors import TracerError
-from tracer.kernel import libbpf
+from tracer.kernel import libbpf, netns
 from tracer.kernel.capture import Capture, Options
 from tracer.kernel.maps import CONNECTION, TRANSLATION, Sizes
 from tracer.lab.cluster import Cluster
@@ -186,3 +190,62 @@ def test_loopback_is_left_out_unless_asked_for(cluster: Cluster) -> None:
             rows = drained(capture, expected)
             assert len(rows) == expected
             assert all(rows["nat"] == Nat.NONE), "a pod's loopback cannot have been tracked"
+
+
+def test_listeners_that_find_no_room_are_no_lost_connections(cluster: Cluster) -> None:
+    for server, pod in zip(cluster.servers, cluster.backend_pods, strict=True):
+        for port in range(9000, 9010):
+            server.listen(pod.addresses, port)
+    with Capture(options(cluster, sizes=Sizes(listeners=4))) as capture:
+        counters = capture.counters()
+    assert counters["lost_listener_map"] == 2 * (10 + 1) - 4
+    assert counters["lost_connection_map"] == 0
+
+
+def test_a_path_that_leads_elsewhere_by_now_is_not_taken_for_the_namespace(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process ended between two lines of /proc, and another got its pid."""
+    client, elsewhere = cluster.clients[0], cluster.client_pods[1].netns
+    with Capture(options(cluster)) as capture:
+        held = client.hold(3, cluster.vip())["number"]
+        monkeypatch.setattr(netns, "visible", lambda: {cluster.client_pods[0].netns.inode: elsewhere.path})
+        capture.sweep()
+        totals = capture.totals()
+        assert (totals["open_connections"], totals["lost_end"], totals["unentered_namespaces"]) == (3, 0, 1)
+        monkeypatch.undo()
+        capture.sweep()
+        assert capture.totals()["unentered_namespaces"] == 0
+        client.release(held)
+        assert len(drained(capture, 3)) == 3
+
+
+HIDDEN = """
+import json, logging, subprocess, sys
+from tracer.kernel.capture import Capture, Options
+from tracer.lab.netns import Namespace
+said = []
+logging.getLogger().addHandler(type("Keep", (logging.Handler,), {"emit": lambda self, record: said.append(record)})())
+where = sys.argv[1]
+open(f"{where}/ns", "w").close()
+with Namespace("hidden") as holder:
+    subprocess.run(["mount", "--bind", holder.path, f"{where}/ns"], check=True)
+with Namespace("node") as node, Capture(Options(node_netns=node.path, only_netns=(f"{where}/ns",))) as capture:
+    unentered = [capture.totals()["unentered_namespaces"]]
+    subprocess.run(["mount", "-t", "tmpfs", "none", where], check=True)
+    for _ in range(2):
+        capture.interim(capture.drain)
+        unentered.append(capture.totals()["unentered_namespaces"])
+print(json.dumps([unentered, [record.getMessage() for record in said]]))
+"""
+
+
+def test_a_namespace_that_cannot_be_entered_is_counted_and_said_once(tmp_path: Path) -> None:
+    """Only a mount refers to it, and something is mounted over that."""
+    unshare = ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", HIDDEN, str(tmp_path)]
+    done = subprocess.run(unshare, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    unentered, said = json.loads(done.stdout)
+    assert unentered == [0, 1, 1]
+    assert len(said) == 1
+    assert f"{tmp_path}/ns cannot be opened" in said[0]

@@ -90,7 +90,7 @@ class Capture:
         """
         self.options = options
         self.enobufs = 0
-        self._dumped_alive, self._kept, self._enobufs_then = False, 0, 0
+        self._dumped_alive, self._kept, self._enobufs_then, self._unentered = False, 0, 0, 0
         self._dump_malformed = self._dump_directional = self._dump_lost = self._lost_end = 0
         self._filter = self._netns_filter()
         self._outbox: list[npt.NDArray[Any]] = []
@@ -269,6 +269,7 @@ class Capture:
         open_now = libbpf.map_count(self.maps.connections, _SOCKET, CONNECTION)
         known = libbpf.map_count(self.maps.translations, TUPLE, TRANSLATION)
         levels = {"open_connections": open_now, "translations": known, "directional": self._dump_directional}
+        levels["unentered_namespaces"] = self._unentered
         return self.counters() | levels
 
     def interim(self, hand_over: Callable[[], object]) -> None:
@@ -308,15 +309,27 @@ class Capture:
         return self._walk_with("socket_iterator")
 
     def _walk_with(self, iterator: str) -> set[int]:
-        walked = set()
-        for inode, path in netns.visible().items():
-            if not self._wanted(inode):
-                continue
-            with contextlib.suppress(TracerError):  # gone meanwhile, and its sockets with it
-                with netns.entered(path):
-                    walk = libbpf.iter_create(self._descriptors[iterator])
+        walked: set[int] = set()
+        # Once more, for those whose process ended meanwhile and that another refers to.
+        for _ in range(2):
+            left = {inode: path for inode, path in netns.visible().items()
+                    if inode not in walked and self._wanted(inode)}  # fmt: skip
+            unentered = 0
+            for inode, path in left.items():
+                try:
+                    with netns.entered(path, inode):
+                        walk = libbpf.iter_create(self._descriptors[iterator])
+                except TracerError as error:
+                    unentered, reason = unentered + 1, error
+                    continue
                 _read_to_end(walk)
                 walked.add(inode)
+            if not unentered:
+                break
+        if unentered and not self._unentered:
+            _log.warning("%d network namespaces cannot be entered (%s): what is open there has no interim rows; "
+                         "coverage/ counts them", unentered, reason)  # fmt: skip
+        self._unentered = unentered
         return walked
 
     def sweep(self) -> None:

@@ -32,8 +32,12 @@ def _set(fd: int) -> None:
 
 
 @contextlib.contextmanager
-def entered(path: str) -> Iterator[None]:
+def entered(path: str, expected: int | None = None) -> Iterator[None]:
     """Runs the block with the calling thread in the network namespace at `path`.
+
+    Args:
+        path: by which it is opened.
+        expected: its inode; a process's path leads elsewhere once its pid is another's.
 
     Raises:
         TracerError: there is no such namespace, or no privilege to enter it.
@@ -45,6 +49,9 @@ def entered(path: str) -> Iterator[None]:
         except OSError as error:
             advice = "run as root" if isinstance(error, PermissionError) else "check the path"
             raise TracerError(f"The network namespace {path} cannot be opened ({error.strerror}): {advice}.") from error
+        if expected is not None and os.fstat(target).st_ino != expected:
+            os.close(target)
+            raise TracerError(f"The path {path} leads to another network namespace by now.")
         if os.path.sameopenfile(home, target):  # already there: that takes no privilege
             os.close(target)
             yield

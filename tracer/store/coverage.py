@@ -18,7 +18,7 @@ from tracer.store.arrays import booleans, constant, nulls, numbers
 from tracer.version import __version__
 
 #: Columns that are levels, not increments.
-GAUGES = ("open_connections", "translations", "directional", "names_age_s")
+GAUGES = ("open_connections", "translations", "directional", "unentered_namespaces", "names_age_s")
 #: Columns that are words.
 WORDS = ("naming",)
 #: Columns that the agent's totals may fill; those it leaves out are null.
