@@ -86,6 +86,24 @@ def test_balanced_is_not_said_while_a_backend_fails() -> None:
     assert "failed 400 of 5000" in said.reasons[0]
 
 
+def test_a_passing_moment_is_no_trouble() -> None:
+    cells = [{"backend": i, "opened": 5000, "latencies": 5000, "latency_us": 500_000} for i in range(3)]
+    ready = np.array([[1.0, 1.0, 1.0, 0.0]])
+    more = {"n_backends": 4, "bin_s": 600.0, "ready": ready}
+
+    def signs(**cell: int) -> list[str]:
+        return [one.name for one in cause.troubles(situation([*cells, cell], **more))]  # type: ignore[list-item]
+
+    assert signs(backend=3, opened=20) == []
+    assert signs(backend=3, opened=20, timeout=20) == ["stale-translation"]
+    assert signs(backend=3, opened=400) == ["stale-translation"]
+    # two SYNs sent again, or three
+    cells[1] |= {"latency_us": 2_600_000, "duration_us": 2_600_000}
+    assert signs(backend=0) == []
+    cells[1] |= {"latency_us": 4_600_000, "duration_us": 4_600_000}
+    assert signs(backend=0) == ["failing-backend"]
+
+
 def test_a_skew_without_a_cause_is_not_proven_where_much_of_it_may_be_unseen() -> None:
     cells = [{"backend": i, "opened": n} for i, n in enumerate((2000, 1000, 1000))]
     seen = judged(situation(cells, lost={"node-0": 0.03}))

@@ -37,8 +37,10 @@ DETECTORS: tuple[Detector, ...] = (
     rounding.rounding,
 )
 
-#: Detectors of trouble that is one however even the load: they speak only of what they see beyond chance.
+#: Detectors of trouble that is one however even the load.
 TROUBLES: tuple[Detector, ...] = (routing.stale_translation, failures.failing_backend, failures.slow_to_accept)
+#: Old rules that lead less than this part of the load astray, and fail fewer connections, are a passing moment.
+ASTRAY, FAILED = 0.01, 5
 
 #: What explains less than this part of the skew is no cause of it.
 LEAST = 0.4
@@ -88,5 +90,6 @@ def troubles(situation: Situation) -> list[Hypothesis]:
     for detect in TROUBLES:
         for measure in MEASURES:
             for one in detect(situation, measure):
-                found.setdefault(one.name, dataclasses.replace(one, score=0.0))
+                if one.numbers.get("share", ASTRAY) >= ASTRAY or one.numbers["failed"] >= FAILED:
+                    found.setdefault(one.name, dataclasses.replace(one, score=0.0))
     return list(found.values())

@@ -10,8 +10,9 @@ from tracer.analysis.causes.situation import FAILURES, Situation
 
 #: A backend fails if it fails this many times as often as the others, and this much more in standard deviations.
 TIMES, SIGMAS = 3.0, 4.0
-#: It is slow to accept if its mean connect latency is this many times the others' median.
-SLOWER = 3.0
+#: It is slow to accept if its mean connect latency is this many times the others' median, and is so too without two
+#: SYNs that may have been lost on their way: those are sent again after a second (RFC 6298, 2.1).
+SLOWER, LOST_SYNS, AGAIN_US = 3.0, 2, 1e6
 
 
 def failing_backend(situation: Situation, measure: str) -> Iterator[Hypothesis]:
@@ -58,7 +59,8 @@ def slow_to_accept(situation: Situation, measure: str) -> Iterator[Hypothesis]:
     latency, n = (situation.load(measure, values=situation.column(name)) for name in ("latency_us", "latencies"))
     mean = latency / np.maximum(1.0, n)
     usual = float(np.median(mean[n > 0])) if (n > 0).any() else 0.0
-    slow = np.flatnonzero((n >= 20) & (mean > SLOWER * usual))
+    waited = latency - AGAIN_US * np.minimum(LOST_SYNS, latency // AGAIN_US)
+    slow = np.flatnonzero((n >= 20) & (waited > SLOWER * usual * n))
     if not len(slow) or len(slow) > len(mean) / 2:
         return
     load, fair = situation.load(measure), situation.fair(measure)
