@@ -70,11 +70,11 @@ static __always_inline void dial_begins(const struct syscall_enter *context)
 	struct dial dial = {};
 	__u16 state = 0;
 
-	bpf_probe_read_user(&address, 8, (const void *)context->arguments[1]);
+	probe_read_user(&address, 8, (const void *)context->arguments[1]);
 	if (address.family == AF_INET) {
 		set_v4(&dial.dst, address.v4);
 	} else if (address.family == AF_INET6) {
-		bpf_probe_read_user(&address, sizeof(address), (const void *)context->arguments[1]);
+		probe_read_user(&address, sizeof(address), (const void *)context->arguments[1]);
 		for (int i = 0; i < 4; i++)
 			dial.dst.words[i] = address.v6[i];
 	} else {

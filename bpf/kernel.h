@@ -57,9 +57,14 @@ static __always_inline bool same_address(const struct address *a, const struct a
 	return a->halves[0] == b->halves[0] && a->halves[1] == b->halves[1];
 }
 
+/* By their numbers, not by bcc's names: where bcc does not find those among the kernel's symbols, which are hidden by
+ * kptr_restrict=2 and from whoever lacks CAP_SYSLOG, it calls bpf_probe_read instead, which not every type has. */
+static long (*const probe_read_kernel)(void *to, __u32 size, const void *from) = (void *)BPF_FUNC_probe_read_kernel;
+static long (*const probe_read_user)(void *to, __u32 size, const void *from) = (void *)BPF_FUNC_probe_read_user;
+
 /* The same for an object whose type the verifier does not know. What cannot be read is zero. */
 #define PROBE(destination, object, offset) \
-	bpf_probe_read_kernel(&(destination), sizeof(destination), (const void *)(object) + (offset))
+	probe_read_kernel(&(destination), sizeof(destination), (const void *)(object) + (offset))
 
 /* For each way of reading:
  * read_tuple: the tuple of a socket as its own side sees it; false if it is of no IP family. An IPv6 socket talking to

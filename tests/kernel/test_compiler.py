@@ -1,6 +1,9 @@
 """From the sources to instructions: where they are looked for, what is in them, and what is kept."""
 
+import json
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from tracer.errors import TracerError
 from tracer.kernel import compiler, symbols
 from tracer.kernel.maps import Maps
 
+ROOT = Path(__file__).parents[2]
 SWITCHES = {"INCLUDE_LOOPBACK": 0, "NETNS_FILTER": 1, "ROLES": 3, "ONLY_VIRTUAL": 0, "EXCLUDE_CIDRS": 1}
 
 
@@ -39,6 +43,22 @@ def test_every_map_and_value_has_its_symbol() -> None:
         assert f"MAP({field.name.upper()}_FD)" in source
     for name in symbols.VALUES:
         assert f"VALUE({name}_SYMBOL)" in source
+
+
+@pytest.mark.needs("bpf")
+def test_programs_are_the_same_where_the_kernels_symbols_are_hidden() -> None:
+    """As kptr_restrict=2 hides them from all, and the kernel from whoever lacks CAP_SYSLOG: bcc looks there."""
+    code = (
+        "import hashlib, json; from tracer.kernel import compiler; "
+        f"made = compiler.programs({SWITCHES!r}, None); "
+        "print(json.dumps({name: hashlib.sha256(code).hexdigest() for name, code in made.items()}))"
+    )
+    drop = ["setpriv", "--bounding-set=-syslog", "--inh-caps=-all"]
+    shown, hidden = (
+        json.loads(subprocess.check_output([*before, sys.executable, "-c", code], cwd=ROOT)) for before in ([], drop)
+    )
+    assert set(shown) == set(compiler.PROGRAMS)
+    assert hidden == shown
 
 
 @pytest.fixture
