@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
-from command_world import HOSTILE, ROOT, environment, run, sentence
+from command_world import HOSTILE, ROOT, dataset, environment, rows, run, sentence
 from privilege import nobody
 
 from tracer import schema
@@ -181,3 +182,34 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         reader.wait()
         done = run("schema", stdout=reader.stdin)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("lacking", ["pandas", "jinja2"])
+def test_what_a_node_does_without_is_named(lacking: str, tmp_path: Path) -> None:
+    """An installation without the extra "analysis": the agent's commands work, a report says what it needs."""
+
+    def odd(records: np.ndarray) -> None:
+        records["ts"] += 7  # nanoseconds, which datetime does not have
+
+    dataset(tmp_path / "data", rows(3, odd))
+    code = f"""
+import sys
+class Lacking:
+    def find_spec(self, name, *_):
+        if name == {lacking!r}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Lacking())
+from tracer.cli import main
+main()
+"""
+    report, observe = (
+        subprocess.run(
+            [sys.executable, "-c", code, name, str(tmp_path / "data"), *more],
+            env=environment(), capture_output=True, text=True, check=False, timeout=60,
+        )
+        for name, more in (("report", ["--html", str(tmp_path / "page.html")]), ("observe", []))
+    )  # fmt: skip
+    assert "pip install 'vip-tracer[analysis]'" in sentence(report, 1)
+    assert f"'vip-tracer report' needs {lacking}, which" in report.stderr
+    assert observe.returncode == 0, observe.stderr
+    assert len(observe.stdout.splitlines()) == 3

@@ -25,6 +25,8 @@ from tracer.version import __version__
 from tracer.words import printable
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
+#: What a node does without: the project's extra "analysis".
+_ANALYSIS = frozenset({"jinja2", "pandas", "rich"})
 
 
 class _Commands(click.Group):
@@ -36,6 +38,11 @@ class _Commands(click.Group):
         except TracerError as error:
             code = EXIT_NO_DATA if isinstance(error, NoDataError) else EXIT_FAILED
             _end(ctx, str(error), EXIT_USAGE if isinstance(error, UsageError) else code)
+        except ModuleNotFoundError as error:
+            if error.name not in _ANALYSIS:
+                raise
+            needs = f"'vip-tracer {ctx.invoked_subcommand}' needs {error.name}, which this installation is without"
+            _end(ctx, f"{needs}: pip install 'vip-tracer[analysis]'.", EXIT_FAILED)
         except BrokenPipeError:  # the reader of our output has seen enough (| head)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
