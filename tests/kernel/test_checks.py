@@ -214,3 +214,13 @@ def test_agent_without_privilege_says_so_in_sentences(tmp_path: Path) -> None:
     assert "\n  BPF ring buffer: Operation not permitted" in done.stderr
     assert ".." not in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.needs("bpf")
+def test_root_without_a_capability() -> None:
+    """As in a container that is not privileged."""
+    code = "from tracer.kernel import checks; print(checks._privilege())"
+    drop = ["setpriv", "--bounding-set=-sys_ptrace,-net_admin", "--inh-caps=-all", sys.executable, "-c", code]
+    said = subprocess.check_output(drop, cwd=Path(__file__).parents[2], text=True)
+    assert "state='missing', found='running as root without CAP_NET_ADMIN, CAP_SYS_PTRACE'" in said
+    assert "deploy/least-privilege" in said

@@ -335,7 +335,7 @@ def test_a_refused_kind_does_not_stop_the_others(server, hear) -> None:
     heard = hear(server)
     heard.until(lambda: heard.book.synced == set(KINDS) - {"pods"})
     heard.until(lambda: heard.watches.state()["pods"].errors)
-    assert "get, list and watch on pods" in (heard.watches.state()["pods"].last_error or "")
+    assert "give this account list and watch on pods" in (heard.watches.state()["pods"].last_error or "")
 
 
 def test_threads_wait_while_nobody_takes_what_they_heard(server, hear, monkeypatch) -> None:

@@ -17,6 +17,9 @@ from tracer.kernel.capture import Capture, Options
 from tracer.kernel.maps import Sizes
 
 OK, NOTE, MISSING = "ok", "note", "missing"
+#: What the agent does not work without (include/uapi/linux/capability.h): SYS_ADMIN includes BPF and PERFMON, and
+#: enters pods' namespaces; SYS_PTRACE finds those.
+CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19}
 _SYSCTL = Path("/proc/sys/net/netfilter")
 #: Enough to try whether everything loads, cheap to make.
 _TRIAL_SIZES = Sizes(connections=256, translations=256, ring_bytes=1 << 16, listeners=64, namespaces=64)
@@ -32,10 +35,17 @@ class Check:
     remedy: str = ""
 
 
-def _root() -> Check:
-    if os.geteuid() == 0:
-        return Check("privilege", OK, "running as root")
-    return Check("privilege", MISSING, f"running as user {os.geteuid()}", "Run as root (sudo), or in a privileged pod.")
+def _privilege() -> Check:
+    name = "privilege"
+    if os.geteuid() != 0:
+        return Check(name, MISSING, f"running as user {os.geteuid()}", "Run as root (sudo), or in a privileged pod.")
+    status = Path("/proc/thread-self/status").read_text(encoding="ascii", errors="replace")
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    lacking = [capability for capability, bit in CAPABILITIES.items() if not effective >> bit & 1]
+    if lacking:
+        remedy = "Give the container these capabilities, as deploy/least-privilege does, or make it privileged."
+        return Check(name, MISSING, f"running as root without {', '.join(lacking)}", remedy)
+    return Check(name, OK, "running as root")
 
 
 def _kernel_types() -> Check:
@@ -160,7 +170,7 @@ def _trial(options: Options) -> Check:
 def preconditions(options: Options) -> list[Check]:
     """Every precondition that can be asked without loading anything, cheapest first."""
     return [
-        _root(),
+        _privilege(),
         _bcc(),
         _kernel_types(),
         _ring_buffer(),

@@ -211,7 +211,7 @@ def _refusal(kind: str, answer: httpx.Response) -> ApiError:
         return ExpiredError(f"The API server no longer has the state of {kind} that was asked for (410).")
     if code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         return ApiError(
-            f"The API server refuses {kind} ({code}): give this account get, list and watch on {kind}, or another "
+            f"The API server refuses {kind} ({code}): give this account list and watch on {kind}, or another "
             "account with --kubeconfig."
         )
     return ApiError(f"The API server answers {code} for {kind}.", _retry_after(answer.headers.get("Retry-After")))
