@@ -144,7 +144,15 @@ enum control {
 	CONTROL_MODE, /* enum mode: what the socket iterator does */
 	CONTROL_PAUSE, /* when the tracer began to stop (CLOCK_BOOTTIME ns), or 0: later connections are counted, not traced */
 	CONTROL_DIALS, /* enum dials: whether somebody rewrites destinations at the socket, and whether we see it */
+	/* What was compiled in, for whoever compares the maps with the kernel's tables (tracer/kernel/witness.py): */
+	CONTROL_NODE_NETNS,
+	CONTROL_NETNS_FILTER,
+	CONTROL_TRACED, /* enum traced */
 	CONTROLS
+};
+enum traced {
+	TRACED_LOOPBACK = 1, /* INCLUDE_LOOPBACK */
+	TRACED_SERVERS = 2,  /* role server */
 };
 enum dials {
 	DIALS_ARE_PEERS, /* nobody rewrites them, and the connect probe is off */

@@ -64,7 +64,7 @@ ENUMS: dict[str, tuple[str, dict[str, int]]] = {
     "mode": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("MODE_")}),
     "control": (
         "maps.h",
-        {name: value for name, value in vars(maps).items() if name.startswith("CONTROL_")} | {"CONTROLS": 3},
+        {name: value for name, value in vars(maps).items() if name.startswith("CONTROL_")} | {"CONTROLS": 6},
     ),
     "claim": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("CLAIM_")}),
     "dials": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("DIALS_")}),

@@ -38,6 +38,8 @@ FLOWS_S, FLOWS_SHARE = 15.0, 50.0
 BALANCERS_S = 60.0
 #: How often connections are looked for whose end nobody saw.
 SWEEP_S = 60.0
+#: How often what is held is compared with the kernel's own tables, and at most so much of the time.
+CHECK_S, CHECK_SHARE = 60.0, 50.0
 #: The signals that end the agent in good order.
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -145,6 +147,7 @@ def follow(
     rhythm.every(lambda: flows_period(interval, capture.dumped_s), reconcile)
     rhythm.every(lambda: BALANCERS_S, capture.watch_balancers)
     rhythm.every(lambda: SWEEP_S, capture.sweep)
+    rhythm.every(lambda: max(CHECK_S, CHECK_SHARE * capture.checked_s), lambda: capture.check(hand_over))
     while True:
         # Asked without waiting: CPython's sigtimedwait, interrupted (as by SIGSTOP and SIGCONT) until its time is over,
         # returns whatever is on its stack.

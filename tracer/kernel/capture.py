@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tracer.errors import TracerError
-from tracer.kernel import bridges, conntrack, handover, libbpf, mounts, netns, perf
+from tracer.kernel import bridges, conntrack, handover, libbpf, mounts, netns, perf, witness
 from tracer.kernel.flows import Flows, are_flows
+from tracer.kernel.ledger import Agreement
 from tracer.kernel.loader import Job
 from tracer.kernel.maps import (
     CLAIM_DATAGRAM,
@@ -29,7 +30,10 @@ from tracer.kernel.maps import (
     CONNECTION,
     CONTROL_DIALS,
     CONTROL_MODE,
+    CONTROL_NETNS_FILTER,
+    CONTROL_NODE_NETNS,
     CONTROL_PAUSE,
+    CONTROL_TRACED,
     DIALS_ARE_PEERS,
     DIALS_SEEN,
     DIALS_UNSEEN,
@@ -38,6 +42,8 @@ from tracer.kernel.maps import (
     MODE_INTERIM,
     NETWORK,
     OWNER,
+    TRACED_LOOPBACK,
+    TRACED_SERVERS,
     TRANSLATION,
     ZONES,
     Maps,
@@ -97,7 +103,8 @@ class Capture:
         self._probe: list[int] = []
         self._bridges: list[tuple[bridges.Network, int]] = []
         self._cgroups: int | None = None
-        self.dumped_s = 0.0
+        self.dumped_s = self.checked_s = 0.0
+        self._ledger: dict[str, int] = {}
         self._paused = 0
         with contextlib.ExitStack() as undo:
             self.maps = Maps.create(options.sizes)
@@ -113,6 +120,7 @@ class Capture:
             self._descriptors = handover.load(self._job())
             undo.callback(self._detach)
             undo.callback(self._detach_probe)
+            self._say_what_is_traced()
             self.watch_balancers()
             self._flows = Flows(options.run_id, int(options.interval_s * 1e9))
             self._netlink = socket.socket(fileno=os.dup(self._descriptors["conntrack_socket"]))
@@ -160,6 +168,13 @@ class Capture:
             cgroups=self._cgroups,
             cache=self.options.cache,
         )
+
+    def _say_what_is_traced(self) -> None:
+        """Into the control map, so that the maps alone say what they must hold."""
+        self.maps.set_control(CONTROL_NODE_NETNS, netns.inode(self.options.node_netns))
+        self.maps.set_control(CONTROL_NETNS_FILTER, self._filter[0])
+        servers = "server" in self.options.roles
+        self.maps.set_control(CONTROL_TRACED, TRACED_LOOPBACK * self.options.loopback | TRACED_SERVERS * servers)
 
     def _exclude(self) -> None:
         # A short IPv6 prefix would take in all of IPv4, whose addresses are v4-mapped here: not meant, unless said.
@@ -262,7 +277,7 @@ class Capture:
         totals["missed_runs"] = sum(map(libbpf.recursion_misses, self.program_descriptors().values()))
         totals["malformed_events"] += self._dump_malformed
         totals["withdrawn"], totals["untold"] = self._flows.withdrawn, self._flows.untold
-        return totals
+        return totals | self._ledger
 
     def totals(self) -> dict[str, int]:
         """`counters`, and the levels of `tracer.store.coverage.GAUGES` (reads both maps)."""
@@ -279,6 +294,24 @@ class Capture:
             hand_over: drains the ring; called in between, so that all of them fit.
         """
         self._emit_all(MODE_INTERIM, hand_over)
+
+    def check(self, hand_over: Callable[[], object] = lambda: None) -> Agreement:
+        """Compares the maps with the kernel's own tables (tracer/kernel/ledger.py), and adds the outcome to `counters`.
+
+        Args:
+            hand_over: drains the ring; called in between, as large tables take a while.
+
+        Raises:
+            TracerError: the kernel does not show its tables.
+        """
+        began = _boot_ns()
+        agreement = witness.check(witness.Scope.of(self.maps.descriptors()), hand_over)
+        figures = agreement.figures() | {"checks": 1}
+        self._ledger = {name: self._ledger.get(name, 0) + count for name, count in figures.items()}
+        self.checked_s = (_boot_ns() - began) / 1e9
+        if agreement.is_wrong:
+            _log.error("what is held differs from conntrack's table, which is a defect: see 'vip-tracer check'")
+        return agreement
 
     def stop(self, hand_over: Callable[[], object]) -> None:
         """The end: no new connection is taken, and every open one gets a row. `hand_over` is as for `interim`."""

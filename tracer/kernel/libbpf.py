@@ -7,8 +7,9 @@ import ctypes
 import errno
 import functools
 import os
+import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ MAP_TYPE_RINGBUF = 27
 
 #: Elements asked for at once.
 _BATCH = 4096
+#: The beginning of struct bpf_map_info, which goes by its size: type, id, key size, value size, entries, flags, name.
+_MAP_INFO = struct.Struct("=6I16s")
 _SONAMES = ("libbpf.so.1", "libbpf.so.0")
 
 
@@ -149,6 +152,43 @@ def map_items(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> Pa
 def map_count(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> int:
     """How many elements a hash map has now."""
     return sum(len(keys) for keys, _ in map_batches(fd, key_type, value_type))
+
+
+class MapInfo(NamedTuple):
+    """What the kernel says of a map."""
+
+    name: str
+    key_size: int
+    value_size: int
+
+
+def map_by_id(number: int) -> int:
+    """A descriptor of the map with that id, which takes CAP_SYS_ADMIN.
+
+    Raises:
+        OSError: the kernel's refusal (ENOENT: there is no such map any more).
+    """
+    fd = library().bpf_map_get_fd_by_id(ctypes.c_uint32(number))
+    if fd < 0:
+        code = ctypes.get_errno() or -fd
+        raise OSError(code, f"{os.strerror(code)} when opening the BPF map {number}")
+    os.set_inheritable(fd, False)
+    return int(fd)
+
+
+def map_info(fd: int) -> MapInfo:
+    """What the kernel says of a map.
+
+    Raises:
+        OSError: the kernel's refusal.
+    """
+    info = ctypes.create_string_buffer(_MAP_INFO.size)
+    length = ctypes.c_uint32(len(info))
+    if library().bpf_obj_get_info_by_fd(fd, info, ctypes.byref(length)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{os.strerror(code)} when asking about a BPF map")
+    _, _, key_size, value_size, _, _, name = _MAP_INFO.unpack(info.raw)
+    return MapInfo(name.split(b"\0")[0].decode(errors="replace"), key_size, value_size)
 
 
 def iter_create(link: int) -> int:

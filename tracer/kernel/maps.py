@@ -79,7 +79,9 @@ CLAIM_DATAGRAM, CLAIM_LOST, CLAIM_OVER = 1, 2, 3
 #: `enum dials`.
 DIALS_ARE_PEERS, DIALS_SEEN, DIALS_UNSEEN = range(3)
 MODE_ADOPT, MODE_INTERIM, MODE_FLUSH = range(3)
-CONTROL_MODE, CONTROL_PAUSE, CONTROL_DIALS = range(3)
+CONTROL_MODE, CONTROL_PAUSE, CONTROL_DIALS, CONTROL_NODE_NETNS, CONTROL_NETNS_FILTER, CONTROL_TRACED = range(6)
+#: Bits of CONTROL_TRACED.
+TRACED_LOOPBACK, TRACED_SERVERS = 1, 2
 #: Slots for conntrack zones other than 0.
 ZONES = 8
 
@@ -164,7 +166,7 @@ class Maps:
             "records": (libbpf.MAP_TYPE_RINGBUF, 0, 0, sizes.ring_bytes),
             "counters": (percpu, 4, 8, len(Counter)),
             "sequence": (percpu, 4, 8, 1),
-            "control": (array, 4, 8, 3),
+            "control": (array, 4, 8, CONTROL_TRACED + 1),
             "listeners": (hash_map, 8, 1, sizes.listeners),
             "netns_list": (hash_map, 4, 1, sizes.namespaces),
             "zones": (array, 4, 4, ZONES),
