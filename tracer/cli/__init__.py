@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from tracer.cli.agent import agent
+from tracer.cli.check import check
 from tracer.cli.demo import demo
 from tracer.cli.doctor import doctor
 from tracer.cli.name import name
@@ -75,5 +76,5 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 
-for command in (agent, observe, top, report, name, doctor, schema, demo):
+for command in (agent, observe, top, report, name, doctor, check, schema, demo):
     main.add_command(command)

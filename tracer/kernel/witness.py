@@ -110,7 +110,7 @@ def look(scope: Scope, between: Callable[[], object] = lambda: None) -> ledger.V
             f"The node's network namespace ({scope.node_netns}) is that of no process or mount visible here: run this "
             "where the agent runs, with the host's PID namespace."
         )
-    with netns.entered(found[scope.node_netns]):
+    with netns.entered(found[scope.node_netns], scope.node_netns):
         dumped = conntrack.dump(0, between)
     parts, walked = [np.empty(0, sockets.SOCKET)], set()
     for inode, path in found.items():
@@ -118,7 +118,7 @@ def look(scope: Scope, between: Callable[[], object] = lambda: None) -> ledger.V
             continue
         with contextlib.ExitStack() as inside:
             try:
-                inside.enter_context(netns.entered(path))
+                inside.enter_context(netns.entered(path, inode))
             except TracerError:  # gone meanwhile, and its sockets with it
                 continue
             part = sockets.dump(between)
