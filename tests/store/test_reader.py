@@ -92,3 +92,20 @@ def test_a_file_without_a_necessary_column_is_named(root) -> None:
 
 def test_metadata(root) -> None:
     assert reader.metadata(reader.files(root)[0])["rows"] == "10"
+
+
+def test_a_row_without_what_is_never_null_is_named(root) -> None:
+    path = reader.files(root)[0]
+    made = pq.read_table(path)
+    place = made.schema.get_field_index("role")
+    lacking = pa.array([None] * len(made), schema.DICT)
+    pq.write_table(made.set_column(place, pa.field("role", schema.DICT), lacking), path)
+    for read in (reader.batches, reader.tables):
+        with pytest.raises(TracerError, match=f"{path} has rows without role; another program wrote it: move it out"):
+            list(read(path))
+
+
+def test_metadata_of_another_program_may_be_no_text(root) -> None:
+    path = reader.files(root)[0]
+    pq.write_table(pq.read_table(path).replace_schema_metadata({b"\xff": b"\xfe", b"node": b"n"}), path)
+    assert reader.metadata(path)["node"] == "n"

@@ -60,12 +60,12 @@ def _remote(root: Remote, table: str) -> Iterator[RemoteFile]:
 def batches(path: File, table: str = "connections", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The rows of one file as batches with the given columns (default all), in the schema's order.
 
-    Raises TracerError if the file cannot be read or lacks a column that is never null.
+    Raises TracerError if the file cannot be read, or lacks a column that is never null, or a value in it.
     """
     wanted = _wanted(table, columns)
     with _opened(path, table, wanted) as (file, present):
         for batch in file.iter_batches(columns=present):
-            yield _shaped(batch, wanted)
+            yield _shaped(batch, wanted, path)
 
 
 def tables(
@@ -77,7 +77,7 @@ def tables(
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         for groups in _runs(sizes, most_rows):
             read = file.read_row_groups(groups, columns=present, use_threads=False).unify_dictionaries()
-            parts = [_shaped(batch, wanted) for batch in read.combine_chunks().to_batches()]
+            parts = [_shaped(batch, wanted, path) for batch in read.combine_chunks().to_batches()]
             yield pa.Table.from_batches(parts, schema=pa.schema(wanted))
 
 
@@ -147,11 +147,13 @@ def metadata(path: File) -> dict[str, str]:
         found = _footer(path).metadata or {}
     except (OSError, pa.ArrowException) as error:
         raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
-    return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
+    texts = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
+    texts.pop("ARROW:schema", None)
+    return texts
 
 
-def _shaped(batch: pa.RecordBatch, wanted: list[pa.Field]) -> pa.RecordBatch:
-    """The batch with exactly the wanted fields."""
+def _shaped(batch: pa.RecordBatch, wanted: list[pa.Field], path: File) -> pa.RecordBatch:
+    """The batch with exactly the wanted fields. Raises TracerError if one that is never null is."""
     arrays = []
     for field in wanted:
         index = batch.schema.get_field_index(field.name)
@@ -159,5 +161,9 @@ def _shaped(batch: pa.RecordBatch, wanted: list[pa.Field]) -> pa.RecordBatch:
             arrays.append(pa.nulls(batch.num_rows, field.type))
         else:
             array = batch.column(index)
+            if array.null_count and not field.nullable:
+                raise TracerError(
+                    f"{path} has rows without {field.name}; another program wrote it: move it out of the dataset"
+                )
             arrays.append(array if array.type == field.type else array.cast(field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(wanted))
