@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 VM_PACKAGES := qemu-system-common busybox-static cpio zstd xz-utils ipvsadm
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
-.PHONY: setup demo test scenarios test-kernels test-kernels-short vm-packages lint format docs bench
+.PHONY: setup demo test scenarios fuzz endurance test-kernels test-kernels-short vm-packages lint format docs bench
 
 # A stamp, so that the packages are looked at once: remove .venv to do it again.
 setup: $(VENV)/.ready
@@ -31,6 +31,15 @@ test: setup
 # Every way a virtual IP is rewritten and a connection ends: real rules, real traffic, exact rows. Takes its time.
 scenarios: setup
 	$(BIN)/python -m pytest -q tests/scenarios
+
+# An hour of coverage-guided fuzzing, or FUZZ_SECONDS; what it learns stays in build/fuzz.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz
+
+# 24 hours of rotation with an accelerated clock, and rounds of real connections: nothing grows. An hour or two.
+endurance: setup
+	$(BIN)/python -m tests.endurance.rotations
+	$(BIN)/python -m tests.endurance.connections
 
 # The scenarios in guests with other kernels, emulated: half an hour for each; a selection takes ten minutes in all.
 test-kernels: setup vm-packages
