@@ -326,6 +326,31 @@ static __always_inline long insert(const void *sk, struct connection *connection
 	return error;
 }
 
+/* A client's connection found no room: it is lost now, whatever becomes free before it ends. */
+static __always_inline void crowd_out(const void *sk)
+{
+	__u32 slot = CONTROL_CROWDED;
+	__u64 key = (__u64)sk, *crowded = bpf_map_lookup_elem_(CONTROL, &slot);
+	__u8 one = 1;
+
+	count(COUNT_LOST_CONNECTION_MAP);
+	bpf_map_update_elem_(ROOMLESS, &key, &one, BPF_ANY);
+	if (crowded)
+		*crowded = 1;
+}
+
+static __always_inline bool is_crowded_out(__u64 *key)
+{
+	return control(CONTROL_CROWDED) && bpf_map_lookup_elem_(ROOMLESS, key);
+}
+
+/* A socket without an entry is closed. */
+static __always_inline void forget_crowded_out(__u64 *key)
+{
+	if (control(CONTROL_CROWDED))
+		bpf_map_delete_elem_(ROOMLESS, key);
+}
+
 /* CLOSE -> SYN_SENT, in the context of the caller of connect(). */
 static __always_inline void connection_begins(const void *sk)
 {
@@ -349,7 +374,7 @@ static __always_inline void connection_begins(const void *sk)
 	/* A socket that failed to connect may try again, and goes on counting. */
 	read_totals(sk, &connection.reported);
 	if (insert(sk, &connection))
-		count(COUNT_LOST_CONNECTION_MAP);
+		crowd_out(sk);
 }
 
 /* A connection that has no entry: its beginning was missed (tracer.c), or found the map full. Nothing of it has been
@@ -359,6 +384,7 @@ static __always_inline struct connection *connection_began(const void *sk, __u64
 	struct connection connection = {};
 	struct record *row = &connection.row;
 	struct translation *translation;
+	bool known = is_crowded_out(key);
 
 	if (control(CONTROL_PAUSE) || !describe(sk, row, ROLE_CLIENT) || excluded_destination(&row->tuple.dst))
 		return NULL; /* not offered, or counted when it began */
@@ -366,11 +392,15 @@ static __always_inline struct connection *connection_began(const void *sk, __u64
 	row->flags |= FLAG_OPENED | FLAG_COUNTED;
 	row->conn_id = next_conn_id();
 	connection.undialled = control(CONTROL_DIALS) != DIALS_ARE_PEERS;
-	if (!bpf_map_update_elem_(CONNECTIONS, key, &connection, BPF_NOEXIST)) {
+	if (!known && !bpf_map_update_elem_(CONNECTIONS, key, &connection, BPF_NOEXIST)) {
 		count(COUNT_LATE_BEGIN);
 		return bpf_map_lookup_elem_(CONNECTIONS, key);
 	}
-	/* The map is full: counted when it began. It must not look like a client of another node (flow.h). */
+	if (!known) { /* the map is full, and its beginning was missed */
+		count(COUNT_LATE_BEGIN);
+		crowd_out(sk);
+	}
+	/* It must not look like a client of another node (flow.h). */
 	READ(row->tuple.src_port, sk, OFFSET_inet_sock__inet_sport);
 	translation = find_translation(&row->tuple);
 	if (translation && !translation->conn_id)
@@ -554,8 +584,10 @@ static __always_inline void connection_ends(const void *sk, int old_state)
 
 	if (!connection && old_state == BPF_TCP_SYN_SENT)
 		connection = connection_began(sk, &key);
-	if (!connection)
+	if (!connection) {
+		forget_crowded_out(&key);
 		return; /* an accepted socket, not traced, or counted as lost when it began */
+	}
 	/* Said here too: a simultaneous open skips SYN_SENT -> ESTABLISHED. */
 	if (old_state != BPF_TCP_SYN_SENT && old_state != BPF_TCP_SYN_RECV)
 		connection->row.flags |= FLAG_ESTABLISHED;
@@ -569,8 +601,10 @@ static __always_inline void socket_vanishes(const void *sk)
 	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
 	__u32 rtt;
 
-	if (!connection)
+	if (!connection) {
+		forget_crowded_out(&key);
 		return; /* as it should be: no loss */
+	}
 	count(COUNT_LATE_END);
 	READ(rtt, sk, OFFSET_tcp_sock__srtt_us);
 	if (rtt) /* measured by the handshake at the latest */

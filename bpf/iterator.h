@@ -74,7 +74,7 @@ static __always_inline void adopt(const void *sk, __u8 state)
 	read_totals(sk, &connection.reported);
 	count(COUNT_ADOPTED);
 	if (insert(sk, &connection))
-		count(COUNT_LOST_CONNECTION_MAP);
+		crowd_out(sk);
 }
 
 /* Whether a connection gets a row now. When the tracer stops, each gets just one, however often the walk is

@@ -130,6 +130,11 @@ struct network {
 /* dials: thread (pid_tgid) -> struct dial. Hash. From a connect()'s entry to its exit. Full: COUNT_LOST_DIAL_MAP. */
 #define DIALS MAP(DIALS_FD)
 
+/* roomless: socket pointer -> u8. Hash. Client sockets that found the connection map full and were counted, until they
+ * close: a place that becomes free meanwhile is not theirs, else one connection were both counted as lost and a row.
+ * Full: of further ones that may be so, which `late_begin` tells. */
+#define ROOMLESS MAP(ROOMLESS_FD)
+
 /* excluded: struct network -> u8. Longest prefix match, written by user space before the programs are attached:
  * connections to these destinations are not offered where the value is not 0. Looked at if EXCLUDE_CIDRS. */
 #define EXCLUDED MAP(EXCLUDED_FD)
@@ -147,7 +152,8 @@ enum control {
 	/* What was compiled in, for whoever compares the maps with the kernel's tables (tracer/kernel/witness.py): */
 	CONTROL_NODE_NETNS,
 	CONTROL_NETNS_FILTER,
-	CONTROL_TRACED, /* enum traced */
+	CONTROL_TRACED,	 /* enum traced */
+	CONTROL_CROWDED, /* the connection map was full once: `roomless` may hold something. Written by the programs */
 	CONTROLS
 };
 enum traced {

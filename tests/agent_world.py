@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,18 @@ TABLES = Path("connections"), Path("coverage")
 class Agent:
     """A running ``vip-tracer agent``; `stop` ends it and reads its dataset."""
 
-    def __init__(self, output: Path, process: subprocess.Popen[bytes], node: str) -> None:
+    def __init__(self, output: Path, process: subprocess.Popen[bytes], node: str, talk: Path) -> None:
         self.output, self.process, self.node = output, process, node
-        self.said = ""
+        self._talk = talk
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(how)
-        self.said = self.process.communicate(timeout=60)[1].decode()
-        assert self.process.returncode == 0, self.said
+        assert self.process.wait(60) == 0, self.said
+
+    @property
+    def said(self) -> str:
+        """What it has said so far."""
+        return self._talk.read_text(errors="replace")
 
     def resident(self) -> int:
         """Resident memory in MB (10^6 bytes)."""
@@ -41,10 +45,13 @@ class Agent:
 
 
 @contextmanager
-def agent(cluster: Cluster, output: Path, *options: str, node: str = "node-1", scope: bool = True) -> Iterator[Agent]:
+def agent(
+    cluster: Cluster, output: Path, *options: str, node: str = "node-1", scope: bool = True, prefix: Sequence[str] = ()
+) -> Iterator[Agent]:
     """Starts the agent of that node and waits until it is ready; kills it at the end if it still runs.
 
     With `scope` it traces the sockets of the node's own namespace and of its pods alone: other tests share the kernel.
+    `prefix` is a command that executes the agent.
     """
     ready = output.parent / f"{output.name}.{node}.ready"
     ready.unlink(missing_ok=True)
@@ -53,19 +60,22 @@ def agent(cluster: Cluster, output: Path, *options: str, node: str = "node-1", s
     scoped = [part for path in (where.netns.path, *pods) for part in ("--only-netns", path)] if scope else []
     command = [sys.executable, "-m", "tracer", "agent", "--output", str(output), "--node", node]
     command += ["--netns", where.netns.path, *scoped, "--ready-file", str(ready), *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd="/", env={**os.environ, "PYTHONPATH": _root()})
-    running = Agent(output, process, node)
+    talk = output.parent / f"{output.name}.{node}.stderr"
+    with talk.open("wb") as stderr:
+        environment = {**os.environ, "PYTHONPATH": _root()}
+        process = subprocess.Popen([*prefix, *command], stderr=stderr, cwd="/", env=environment)
+    running = Agent(output, process, node, talk)
     try:
         wait_until(lambda: ready.exists() or process.poll() is not None, "the agent to be ready", 60)
         if process.poll() is not None:
-            raise AssertionError((process.stderr.read() if process.stderr else b"").decode())
+            raise AssertionError(running.said)
         yield running
         if process.poll() is None:
             running.stop()
     finally:
         if process.poll() is None:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 def _root() -> str:

@@ -2,65 +2,23 @@
 
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from agent_world import agent, coverage, losses, rows, until
-from scenarios.truth import accepted
+from scenarios.faults import RECEIVES, SENDS, again_and_again, never_wrong
 
 from tracer.lab.cluster import Cluster
 from tracer.lab.netns import Namespace
 
 pytestmark = pytest.mark.needs("bpf", "netns", "conntrack", "iptables")
 
-SENDS, RECEIVES = 100, 300
-
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with Cluster(backends=3, clients=2) as made:
         yield made
-
-
-def backends(cluster: Cluster) -> dict[tuple[str, int], str]:
-    """The servers' own account: the client's address and port, and the address of the backend that accepted it."""
-    return {source: backend[0] for _, source, backend in accepted(cluster.servers)}
-
-
-def never_wrong(output: Path, cluster: Cluster) -> None:
-    """A row has the right backend or none that it knows of; "not translated" is said of no one."""
-    right, table = backends(cluster), rows(output)
-    table = table[table.role == "client"]
-    known = table[table.backend_ip.notna()]
-    told = dict(zip(zip(known.src_ip, known.src_port, strict=True), known.backend_ip, strict=True))
-    assert {source: right.get(source) for source in told} == told
-    assert set(table.nat) <= {"dnat", "unknown"}
-
-
-@contextmanager
-def again_and_again(what: object) -> Iterator[None]:
-    """Does something over and over in another thread, until the block is left."""
-    stop = threading.Event()
-    failed: list[Exception] = []
-
-    def work() -> None:
-        try:
-            while not stop.is_set():
-                what()  # type: ignore[operator]
-        except Exception as error:  # noqa: BLE001  told below, in the thread that waits
-            failed.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    assert not failed, failed
 
 
 def test_a_consumer_that_stands_still_loses_by_count(cluster: Cluster, tmp_path: Path) -> None:

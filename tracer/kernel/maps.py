@@ -82,6 +82,8 @@ MODE_ADOPT, MODE_INTERIM, MODE_FLUSH = range(3)
 CONTROL_MODE, CONTROL_PAUSE, CONTROL_DIALS, CONTROL_NODE_NETNS, CONTROL_NETNS_FILTER, CONTROL_TRACED = range(6)
 #: Bits of CONTROL_TRACED.
 TRACED_LOOPBACK, TRACED_SERVERS = 1, 2
+#: With the last, CONTROL_CROWDED, which only the programs use.
+CONTROLS = 7
 #: Slots for conntrack zones other than 0.
 ZONES = 8
 
@@ -100,6 +102,7 @@ class Sizes:
     owners: int = 16_384
     listeners: int = 4_096
     dials: int = 4_096
+    roomless: int = 8_192
     namespaces: int = 1_024
     networks: int = 1_024
 
@@ -110,7 +113,16 @@ class Sizes:
                 f"The ring's size must be a power of two of at least {page} bytes, not {self.ring_bytes}: "
                 "choose another --ring-bytes."
             )
-        for what in ("connections", "translations", "owners", "listeners", "dials", "namespaces", "networks"):
+        for what in (
+            "connections",
+            "translations",
+            "owners",
+            "listeners",
+            "dials",
+            "roomless",
+            "namespaces",
+            "networks",
+        ):
             if getattr(self, what) < 1:
                 raise UsageError(f"There must be room for at least one of the {what}, not {getattr(self, what)}.")
 
@@ -128,6 +140,7 @@ class Sizes:
             + hash_map(self.owners, TUPLE.itemsize, OWNER.itemsize)
             + hash_map(self.listeners, 8, 1)
             + hash_map(self.dials, 8, DIAL_BYTES)
+            + hash_map(self.roomless, 8, 1)
             + hash_map(self.namespaces, 4, 1)
             + self.ring_bytes
             + cpus * 8 * (len(Counter) + 1)
@@ -149,6 +162,7 @@ class Maps:
     zones: int
     owners: int
     dials: int
+    roomless: int
     excluded: int
     untracked: int
 
@@ -166,12 +180,13 @@ class Maps:
             "records": (libbpf.MAP_TYPE_RINGBUF, 0, 0, sizes.ring_bytes),
             "counters": (percpu, 4, 8, len(Counter)),
             "sequence": (percpu, 4, 8, 1),
-            "control": (array, 4, 8, CONTROL_TRACED + 1),
+            "control": (array, 4, 8, CONTROLS),
             "listeners": (hash_map, 8, 1, sizes.listeners),
             "netns_list": (hash_map, 4, 1, sizes.namespaces),
             "zones": (array, 4, 4, ZONES),
             "owners": (hash_map, TUPLE.itemsize, OWNER.itemsize, sizes.owners),
             "dials": (hash_map, 8, DIAL_BYTES, sizes.dials),
+            "roomless": (hash_map, 8, 1, sizes.roomless),
             "excluded": (libbpf.MAP_TYPE_LPM_TRIE, NETWORK.itemsize, 1, sizes.networks),
             "untracked": (libbpf.MAP_TYPE_LPM_TRIE, NETWORK.itemsize, 4, sizes.networks),
         }

@@ -1,0 +1,183 @@
+"""Kills an agent at chosen moments, time after time on one dataset, and says what each time left behind."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from agent_world import rows, until
+from command_world import command, environment, namespaces
+from kernel_objects import orphans, processes
+from scenarios.faults import again_and_again, never_wrong
+from scenarios.truth import ends
+
+from tracer.lab.cluster import Cluster
+
+SENDS, RECEIVES = 100, 300
+#: Of the agent's processes, in their environment: to find those that outlive it.
+MARK = "VIP_TRACER_TEST"
+#: A server notes the end of a connection a moment after the client's kernel did.
+SLACK_NS = 100_000_000
+
+
+@dataclass
+class Run:
+    """One agent, with its output in files."""
+
+    output: Path
+    mark: str
+    process: "subprocess.Popen[bytes]" = field(init=False)
+
+    @classmethod
+    def start(cls, cluster: Cluster, output: Path, *options: str, number: int = 0, prefix: Sequence[str] = ()) -> "Run":
+        """`number` tells it from others on the same output; `prefix` is a command that executes the agent."""
+        run = cls(output, f"{MARK}={output}:{number}")
+        cache = {name: os.environ[name] for name in ("VIP_TRACER_CACHE",) if name in os.environ}
+        run.said.parent.mkdir(exist_ok=True)
+        arguments = ["agent", "--output", output, "--node", "node-1", "--ready-file", run.ready, *namespaces(cluster)]
+        with run.said.open("wb") as said:
+            run.process = subprocess.Popen(
+                [*prefix, *command(*arguments, *options)], stderr=said,
+                env=environment(**cache, **{MARK: run.mark.partition("=")[2]}),
+            )  # fmt: skip
+        return run
+
+    @property
+    def ready(self) -> Path:
+        return self.output.parent / "ready"
+
+    @property
+    def said(self) -> Path:
+        return self.output.parent / "stderr"
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.said.read_text()
+        # The file may be that of the run before, which this one has not removed yet.
+        return self.ready.exists() and self.ready.read_text().strip() == str(self.process.pid)
+
+    def wait_until_ready(self) -> None:
+        until(self.is_ready, "the agent to be ready", 120)
+
+    def kill(self) -> int:
+        self.process.kill()
+        return self.process.wait(30)
+
+
+def published(output: Path) -> set[Path]:
+    return set(output.glob("connections/v1/*/*/[!.]*.parquet"))
+
+
+def unpublished(output: Path) -> set[Path]:
+    return set(output.glob("connections/v1/*/*/.*.tmp"))
+
+
+# -- moments ------------------------------------------------------------------------------------------------------
+
+
+def while_it_starts(run: Run, chance: random.Random) -> None:
+    """From exec to a little after it is ready: compiling, attaching, taking in, locking, clearing."""
+    time.sleep(chance.uniform(0, 1.5))
+
+
+def while_it_writes(run: Run, chance: random.Random) -> None:
+    """There is a file that is not published yet."""
+    run.wait_until_ready()
+    until(lambda: unpublished(run.output), "an unpublished file")
+    time.sleep(chance.uniform(0, 0.05))
+
+
+def while_it_publishes(run: Run, chance: random.Random) -> None:
+    """Around a publication, of rows and then of coverage."""
+    run.wait_until_ready()
+    before = published(run.output)
+    until(lambda: published(run.output) - before, "a publication")
+    time.sleep(chance.uniform(0, 0.15))
+
+
+def while_it_stops(run: Run, chance: random.Random) -> None:
+    """Between SIGTERM and the last file."""
+    run.wait_until_ready()
+    time.sleep(chance.uniform(0, 0.3))
+    run.process.send_signal(signal.SIGTERM)
+    time.sleep(chance.uniform(0, 0.4))
+
+
+MOMENTS: tuple[Callable[[Run, random.Random], None], ...] = (
+    while_it_starts, while_it_writes, while_it_publishes, while_it_stops,
+)  # fmt: skip
+
+
+@dataclass
+class Tally:
+    """What many kills came to."""
+
+    kills: int = 0
+    too_late: int = 0  # it had ended in good order by then
+    stale_files: int = 0
+    lost: int = 0  # connections that ended before the kill and are in no row
+
+
+def kill_again_and_again(cluster: Cluster, output: Path, rounds: int, seed: int) -> Tally:
+    """`rounds` times each of the MOMENTS, with connections being made all along.
+
+    Raises:
+        AssertionError: a published file that cannot be read, a hole in the rows, something left in the kernel, a
+            process that outlives its agent, an agent that does not start after the one before was killed.
+    """
+    chance, tally = random.Random(seed), Tally()
+    client, left_before = cluster.clients[0], orphans()
+    with again_and_again(lambda: client.connect_many(20, cluster.vip(), SENDS, RECEIVES, rate=300)):
+        for number, moment in enumerate(MOMENTS * rounds):
+            run = Run.start(cluster, output, "--rotate", "100ms", number=number)
+            moment(run, chance)
+            tally.kills += 1
+            tally.too_late += run.kill() == 0
+            tally.stale_files += len(unpublished(output))
+            for path in output.glob("*/v1/*/*/[!.]*.parquet"):
+                pq.read_table(path)
+            until(lambda run=run: not processes(run.mark), "the agent's children to end")
+    until(lambda: not orphans() - left_before, "the kernel to free what killed agents had loaded")
+    tally.lost = _holes(cluster, output)
+    last = Run.start(cluster, output, number=-1)
+    last.wait_until_ready()
+    cluster.clients[1].connect_many(10, cluster.vip(), SENDS, RECEIVES)
+    cluster.settle()
+    last.process.send_signal(signal.SIGTERM)
+    assert last.process.wait(60) == 0, last.said.read_text()
+    assert "10 rows written, nothing lost" in last.said.read_text()
+    assert not unpublished(output), "stale files are removed"
+    table = never_wrong(output, cluster)
+    assert not table[table.closed].duplicated(["src_ip", "src_port"]).any(), "nothing is told twice"
+    return tally
+
+
+def _holes(cluster: Cluster, output: Path) -> int:
+    """Checks that what a killed agent lost is what came after its last publication; how much that was, of all runs.
+
+    A run's rows are published in the order in which their connections ended, so one that ended between two rows of a
+    run (by its server's account) must be there too.
+    """
+    table = rows(output)
+    boot = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    closed = table[table.closed]
+    told = set(zip(closed.src_ip, closed.src_port, strict=True))
+    ledgers = [server.ledger() for server in cluster.servers]
+    ended = {
+        peer: int(row["ended"])
+        for ledger in ledgers
+        for (_, peer), row in zip(ends(ledger), ledger, strict=True)
+        if row["ended"]
+    }
+    untold = [when for peer, when in ended.items() if peer not in told]
+    # The id's upper 16 bits are the run's.
+    for _, rows_of_run in closed.groupby(closed.conn_id.astype("uint64") // (1 << 48)):
+        times = rows_of_run.ts.astype("int64") - boot
+        first, last = int(times.min()) + SLACK_NS, int(times.max()) - SLACK_NS
+        assert not [when for when in untold if first < when < last], "a hole before the last publication"
+    assert closed.conn_id.nunique() == len(closed)
+    return len(untold)
