@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 VM_PACKAGES := qemu-system-common busybox-static cpio zstd xz-utils ipvsadm
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
-.PHONY: setup demo test scenarios fuzz endurance test-kernels test-kernels-short vm-packages lint format docs bench
+.PHONY: setup demo test scenarios test-slow fuzz endurance test-kernels test-kernels-short vm-packages lint format docs bench
 
 # A stamp, so that the packages are looked at once: remove .venv to do it again.
 setup: $(VENV)/.ready
@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/vip-tracer demo
 
 test: setup
-	$(BIN)/python -m pytest -q tests --ignore tests/scenarios --ignore tests/vm
+	$(BIN)/python -m pytest -q tests --ignore tests/scenarios --ignore tests/slow --ignore tests/vm
 
 # Every way a virtual IP is rewritten and a connection ends: real rules, real traffic, exact rows. Takes its time.
 scenarios: setup
@@ -40,6 +40,10 @@ fuzz: setup
 endurance: setup
 	$(BIN)/python -m tests.endurance.rotations
 	$(BIN)/python -m tests.endurance.connections
+
+# Faults at their full size: a hundred kills, a thousand namespaces, 100,000 open connections. Ten minutes.
+test-slow: setup
+	$(BIN)/python -m pytest -q -rP tests/slow
 
 # The scenarios in guests with other kernels, emulated: half an hour for each; a selection takes ten minutes in all.
 test-kernels: setup vm-packages
@@ -72,3 +76,4 @@ bench: setup
 	$(BIN)/python -m tests.bench.kernel_cost
 	$(BIN)/python -m tests.bench.node_process
 	$(BIN)/python -m tests.bench.report --files 40
+	$(BIN)/python -m tests.bench.storm
