@@ -17,6 +17,9 @@ import pyarrow.parquet as pq
 from tracer.lab.cluster import Cluster
 from tracer.lab.netns import wait_until
 
+#: How long an agent may take to start on a machine that is very busy; a test's own timeout comes first.
+PATIENCE_S = 300
+
 TABLES = Path("connections"), Path("coverage")
 
 
@@ -66,7 +69,7 @@ def agent(
         process = subprocess.Popen([*prefix, *command], stderr=stderr, cwd="/", env=environment)
     running = Agent(output, process, node, talk)
     try:
-        wait_until(lambda: ready.exists() or process.poll() is not None, "the agent to be ready", 60)
+        wait_until(lambda: ready.exists() or process.poll() is not None, "the agent to be ready", PATIENCE_S)
         if process.poll() is not None:
             raise AssertionError(running.said)
         yield running
