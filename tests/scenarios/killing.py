@@ -61,7 +61,7 @@ class Run:
         return self.ready.exists() and self.ready.read_text().strip() == str(self.process.pid)
 
     def wait_until_ready(self) -> None:
-        until(self.is_ready, "the agent to be ready", 120)
+        until(self.is_ready, "the agent to be ready", 300)
 
     def kill(self) -> int:
         self.process.kill()
