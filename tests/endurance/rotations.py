@@ -156,7 +156,7 @@ class Day:
             self._move()
             made.append(self._flow())
             self.changes += 1
-        made.append(records(ROWS, 1 + self.put, seed=self.number, boot_ns=self.clocks.boot_ns))
+        made.append(records(ROWS, 1 + self.put, seed=self.number % 50, boot_ns=self.clocks.boot_ns))
         batch = np.concatenate(made, dtype=RECORD)
         self.put += len(batch)
         assert self.writer.put(batch)
