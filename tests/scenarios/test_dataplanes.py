@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from agent_world import agent, coverage, losses, rows, until
-from scenarios.truth import WORDS, End, ends, lives
+from scenarios.truth import WORDS, End, destroy_tells_the_end, ends, lives, proven
 
 from tracer.lab.cluster import Cluster
 from tracer.lab.topology import Conntrack
@@ -218,8 +218,9 @@ def check_flows(found: pd.DataFrame, ledger: Ledger, printed: dict[tuple[End, En
     for row in found.itertuples():
         key = (row.src_ip, row.src_port), (row.dst_ip, row.dst_port)
         assert [getattr(row, name) for name in Entry._fields[1:]] == list(printed[key][1:])
-        # conntrack keeps no time of the last packet; what it still waits it tells in whole seconds
-        assert abs(row.duration_us - lasted[key]) <= 1_000_000
+        # conntrack keeps no time of the last packet; what it still waits it tells in whole seconds, if at all
+        assert row.duration_us - lasted[key] >= -1_000_000
+        assert row.duration_us - lasted[key] <= 1_000_000 or (row.result is None and not destroy_tells_the_end())
     unknown = ["pid", "comm", "cgroup_id", "netns", "bytes_sent", "bytes_received", "connect_latency_us", "rtt_us"]
     assert found[unknown].isna().all().all()
 
@@ -271,7 +272,7 @@ def test_what_comes_from_outside_is_a_row_with_its_backend(cluster: Cluster, tmp
         printed = until_gone(cluster, ledger)
     found = finished(tmp_path / "data")
     assert told(found) == expected(cluster, ledger)
-    assert set(found.result) == {"ok"}
+    assert set(found.result) <= proven("ok")
     assert {entry.state for entry in printed.values()} == {"TIME_WAIT"}
     check_flows(found, ledger, printed)
     anywhere = {cluster.node_port("anywhere")[1], cluster.load_balancer("anywhere")[1]}
@@ -301,9 +302,12 @@ def test_what_fails_from_outside_is_told_as_far_as_conntrack_proves_it(cluster: 
     assert told(found) == right
     known = np.concatenate([stood, refused])
     results = {((row.src_ip, row.src_port), (row.dst_ip, row.dst_port)): row.result for row in found.itertuples()}
-    assert results == dict(zip(ends(known), (WORDS[number] for number in known["errno"]), strict=True))
+    for key, number in zip(ends(known), known["errno"], strict=True):
+        assert results.pop(key) in proven(WORDS[number])
+    assert not results
     assert set(found.role) == {"forwarded"}
-    refusals = found[found.result == "refused"]
+    refusals = found[found.dst_port == cluster.node_port("refusing")[1]]
+    assert len(refusals) == len(refused)
     assert set(refusals.packets_sent) == set(refusals.packets_received) == {1}
 
 
@@ -326,6 +330,6 @@ def test_a_long_connection_from_outside_has_a_row_per_interval(one_cluster: Clus
         printed = until_gone(cluster, ledger)
     found = finished(output)
     assert told(found) == expected(cluster, ledger)
-    assert set(found.result) == {"ok"}
+    assert set(found.result) <= proven("ok")
     assert found.rows.min() >= 4
     check_flows(found, ledger, printed)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from agent_world import agent, coverage, rows, until
-from scenarios.truth import COUNTERS, accepted, clean, lives, settled
+from scenarios.truth import COUNTERS, accepted, clean, lives, proven, settled
 
 from tracer.kernel.capture import Capture, Options
 from tracer.lab.cluster import Cluster
@@ -190,7 +190,7 @@ def test_an_outside_host_keeps_its_node_port_connections_over_start_and_restart(
         assert after.started.isna().all()
         assert after.closed.all()
         over = ~after.src_port.isin(ports(idle))
-        assert set(after[over].result) == {"ok"}
+        assert set(after[over].result) <= proven("ok")
         assert after[~over].result.isna().all(), "nobody closed it: its entry was deleted"
         sums = clean(output)
         assert sums.opened == sums.adopted == 0

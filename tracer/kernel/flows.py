@@ -7,6 +7,7 @@ time of its last packet; and a refusal is held back until it is known that no so
 Pure arrays: knows records, dumped entries and translations; reads no table itself.
 """
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +139,7 @@ class Flows:
         records = records.copy()
         created = records["ts"] - records["duration_ns"]
         place, known = self._known.find(_key(created, records["ct_id"]))
+        from_dump = self._say_state(records, place, known)
         begin = created.copy()
         # When the entry was dropped, less what it had been waiting; where the last dump saw the end already, that.
         waited = self.timeouts.of(records["tuple"]["protocol"], records["ct_state"], records["ct_status"])
@@ -149,6 +151,7 @@ class Flows:
             # Where nothing is counted, nothing tells whether it went on after the last dump.
             idle = (mine["flags"] & Flag.COUNTED != 0) & (state["end"] > 0)
             idle &= mine["packets_sent"] + mine["packets_received"] == state["packets"]
+            idle |= from_dump[known]
             end[known] = np.where(idle, state["end"], end[known])
             begin[known] = state["begin"]
             for name in _COUNTS:
@@ -167,6 +170,23 @@ class Flows:
         self.withdrawn += int(np.count_nonzero(before))
         kept: Records = records[~before]
         return kept
+
+    def _say_state(self, records: Records, place: npt.NDArray[np.int64],
+                   known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:  # fmt: skip
+        """A kernel whose DESTROY has no state (before 86d21fc74745): the last dump's, if it was the last one.
+
+        Which records have it from there. How long an entry had left is not told either: the dump's time holds, too.
+        """
+        untold: npt.NDArray[np.bool_] = known & (records["tuple"]["protocol"] == TCP) & (records["ct_state"] == 0)
+        if not untold.any():
+            return untold
+        state = self._known.rows["state"][place]
+        untold &= np.isin(state, (TCP_TIME_WAIT, TCP_CLOSE))
+        reset = (state == TCP_CLOSE) & (records["ct_status"] & _ASSURED != 0)
+        result = np.where(state == TCP_TIME_WAIT, 0, np.where(reset, errno.ECONNRESET, RESULT_OPEN))
+        records["ct_state"] = np.where(untold, state, records["ct_state"])
+        records["result"] = np.where(untold, result, records["result"])
+        return untold
 
     # -- dumps -------------------------------------------------------------------------------------------------------
 
