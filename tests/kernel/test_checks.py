@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from older_kernel import Command, lacks
 from privilege import nobody
 
 from tracer.errors import TracerError
@@ -224,3 +225,46 @@ def test_root_without_a_capability() -> None:
     said = subprocess.check_output(drop, cwd=Path(__file__).parents[2], text=True)
     assert "state='missing', found='running as root without CAP_NET_ADMIN, CAP_SYS_PTRACE'" in said
     assert "deploy/least-privilege" in said
+
+
+# -- a kernel below the floor ----------------------------------------------------------------------------------------
+
+
+def on_older_kernel(command: Command, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tracer", *arguments], capture_output=True, text=True, timeout=120, check=False,
+        preexec_fn=lambda: lacks(command),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    return done
+
+
+@pytest.mark.needs("bpf", "conntrack")
+def test_a_kernel_without_the_ring_buffer_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    doctor = on_older_kernel(Command.MAP_CREATE, "doctor")
+    assert "BPF ring buffer" in doctor.stdout
+    assert "Run as root on Linux 5.8 or newer" in doctor.stdout
+    assert doctor.stderr.startswith("vip-tracer: This node cannot be traced: BPF ring buffer missing")
+    agent = on_older_kernel(Command.MAP_CREATE, "agent", "--output", str(tmp_path / "none"), "--node", "node-1")
+    assert "This node cannot be traced:\n  BPF ring buffer: Invalid argument when making the BPF map" in agent.stderr
+    assert "Run as root on Linux 5.8 or newer (a newer kernel has it)." in agent.stderr
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.needs("bpf", "conntrack")
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (
+            Command.LINK_CREATE,
+            "Invalid argument when attaching the iterator over tcp sockets: this kernel has no iterators.",
+        ),
+        (Command.RAW_TRACEPOINT_OPEN, "The kernel refused: Invalid argument when attaching to a tracepoint."),
+    ],
+    ids=["iterators", "tracepoints"],
+)
+def test_what_only_a_trial_shows_is_refused_in_a_sentence(command: Command, sentence: str) -> None:
+    doctor = on_older_kernel(command, "doctor")
+    assert doctor.stderr.startswith("vip-tracer: This node cannot be traced: programs missing")
+    assert sentence in doctor.stdout

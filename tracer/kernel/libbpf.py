@@ -293,6 +293,8 @@ def load_iterator(name: str, instructions: bytes, kind: str) -> int:
     program = load_program(_PROG_TYPE_TRACING, name, instructions, _ATTACH_TRACE_ITER, target)
     try:
         return _link(program, 0, _ATTACH_TRACE_ITER, f"the iterator over {kind} sockets")
+    except OSError as error:
+        raise TracerError(f"{error.strerror}: this kernel has no iterators. Linux 5.9 or newer has them.") from error
     finally:
         os.close(program)
 

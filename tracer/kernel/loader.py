@@ -115,6 +115,9 @@ def main() -> None:
     except TracerError as error:
         channel.send(b"!" + str(error).encode())
         os._exit(1)
+    except OSError as error:  # of a kernel, or a security module, that allows less than the checks could ask
+        channel.send(f"!The kernel refused: {error.strerror}. See 'vip-tracer doctor'.".encode())
+        os._exit(1)
     socket.send_fds(channel, [b"." + ",".join(found).encode()], list(found.values()))
     # bcc's exit handlers would detach what was just handed over.
     os._exit(0)
