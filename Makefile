@@ -3,8 +3,8 @@
 PYTHON := /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What boots other kernels. Debian 12: later virtiofsd is a package of its own.
-VM_PACKAGES := qemu-system-common busybox-static cpio zstd xz-utils ipvsadm
+# What boots other kernels: Debian 12's qemu for its libraries and its virtiofsd (later a package of its own).
+VM_PACKAGES := qemu-system-x86 qemu-system-common busybox-static cpio zstd xz-utils ipvsadm
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
 .PHONY: setup demo test scenarios test-slow fuzz endurance test-kernels test-kernels-short vm-packages lint format docs bench
@@ -45,12 +45,13 @@ endurance: setup
 test-slow: setup
 	$(BIN)/python -m pytest -q -rP tests/slow
 
-# The scenarios in guests with other kernels, emulated: half an hour for each; a selection takes ten minutes in all.
+# The scenarios in guests with other kernels, emulated. What passed is kept in /var/cache/vip-tracer-kernels until what
+# it depends on changes, so a run may be interrupted. The selection is for CI.
 test-kernels: setup vm-packages
 	$(BIN)/python -m tests.vm.matrix --page
 
 test-kernels-short: setup vm-packages
-	$(BIN)/python -m tests.vm.matrix --short --kernel bookworm --kernel trixie-backports
+	$(BIN)/python -m tests.vm.matrix --short --kernel bullseye-security --kernel bookworm --kernel trixie-backports
 
 vm-packages:
 	@dpkg -s $(VM_PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -47,6 +47,16 @@ class Agent:
         raise AssertionError("no VmRSS")
 
 
+def started(arguments: Sequence[str], stderr: IO[bytes], prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """vip-tracer with these arguments, a process of its own."""
+    command = [*prefix, sys.executable, "-m", "tracer", *arguments]
+    return subprocess.Popen(command, stderr=stderr, cwd="/", env={**os.environ, "PYTHONPATH": _root()})
+
+
+#: How an agent is started: where that is dear, tests/vm/forked.py puts another way in this one's place.
+launch = started
+
+
 @contextmanager
 def agent(
     cluster: Cluster, output: Path, *options: str, node: str = "node-1", scope: bool = True, prefix: Sequence[str] = ()
@@ -61,12 +71,11 @@ def agent(
     where = next(made for made in cluster.nodes if made.name == node)
     pods = [pod.netns.path for pod in (*cluster.client_pods, *cluster.backend_pods) if pod.node is where]
     scoped = [part for path in (where.netns.path, *pods) for part in ("--only-netns", path)] if scope else []
-    command = [sys.executable, "-m", "tracer", "agent", "--output", str(output), "--node", node]
-    command += ["--netns", where.netns.path, *scoped, "--ready-file", str(ready), *options]
+    arguments = ["agent", "--output", str(output), "--node", node]
+    arguments += ["--netns", where.netns.path, *scoped, "--ready-file", str(ready), *options]
     talk = output.parent / f"{output.name}.{node}.stderr"
     with talk.open("wb") as stderr:
-        environment = {**os.environ, "PYTHONPATH": _root()}
-        process = subprocess.Popen([*prefix, *command], stderr=stderr, cwd="/", env=environment)
+        process = started(arguments, stderr, prefix) if prefix else launch(arguments, stderr)
     running = Agent(output, process, node, talk)
     try:
         wait_until(lambda: ready.exists() or process.poll() is not None, "the agent to be ready", PATIENCE_S)

@@ -1,37 +1,39 @@
 """The scenario suite on other kernels: boots each under qemu, runs the tests inside, prints a table.
 
-    python -m tests.vm.matrix [--kernel SUITE]... [--short] [--dir DIR] [--again] [--page]
+    python -m tests.vm.matrix [TEST...] [--kernel SUITE]... [--short] [--guests N] [--dir DIR] [--page]
 
 A kernel is what a Debian suite's cloud image leads to today. Nothing of the host is changed: packages are unpacked in
-DIR, the guest writes to a file system in its memory. Results are kept in DIR by kernel and by what is tested, and not
-made again. The exit code is 1 if anything failed. `--page` writes the table into docs/compatibility.md.
+DIR, the guest writes to a file system in its memory. What passed is kept in DIR, test by test, by kernel and by what
+the test depends on, and not run again: an interrupted run goes on where it was. The exit code is 1 if anything failed
+or was not run. `--page` writes the table into docs/compatibility.md.
 """
 
 import argparse
+import compileall
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.vm import depends
+from tests.vm.depends import ROOT
+
 HERE = Path(__file__).resolve().parent
 #: Debian 11, 12, 13, and the newest kernel of its backports.
 SUITES = ("bullseye-security", "bookworm", "trixie", "trixie-backports")
-#: What a result depends on.
-TESTED = ("bpf", "tracer", "tests", "pyproject.toml")
+#: What a guest needs of the tree.
+NEEDED = ("bpf", "tracer", "tests", "pyproject.toml")
 #: What nobody loads by itself when the lab needs it.
 MODULES = "nf_conntrack nf_conntrack_netlink br_netfilter ip_vs ip_vs_rr"
-#: A guest is 10 to 20 times as slow where Python or a compiler works.
-WHOLE = ("tests/scenarios", "tests/vm/inside", "tests/test_agent.py", "tests/kernel/test_capture.py")
+WHOLE = ("tests/vm/inside", "tests/scenarios", "tests/test_agent.py", "tests/kernel/test_capture.py")
 SHORT = (
     "tests/vm/inside",
     "tests/test_agent.py::test_a_row_says_what_the_client_knows",
@@ -41,157 +43,177 @@ SHORT = (
     "tests/test_agent.py::test_kill_leaves_nothing_in_the_kernel_and_no_half_file",
     "tests/scenarios/test_dataplanes.py::test_what_comes_from_outside_is_a_row_with_its_backend",
 )
+#: What every kernel here has: a test may not call it lacking. What else is lacking makes a test impossible, loudly.
+REQUIRED = "bpf,netns,conntrack,iptables,nft,ipvs"
+FAILED, NOT_RUN = "failed", "not run"
 _BEGIN, _END = "<!-- made by tests/vm/matrix.py -->", "<!-- end -->"
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One kernel's: version, outcome by test ("passed", "failed", "skipped: why"), seconds, the last that was said."""
+@dataclasses.dataclass
+class Kernel:
+    """One kernel's results: outcome by test ("passed", "failed", "skipped: why", "not run")."""
 
     suite: str
     version: str
     outcomes: dict[str, str]
-    seconds: float
-    said: str
+    said: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def failed(self) -> list[str]:
-        """Tests that did not pass, skips left out."""
-        return [name for name, outcome in self.outcomes.items() if outcome == "failed"]
+        """Tests that failed or did not run."""
+        return [name for name, outcome in self.outcomes.items() if outcome in (FAILED, NOT_RUN)]
 
 
-def snapshot(where: Path) -> tuple[str, Path]:
-    """A copy of what is tested, which nobody edits under a running guest, and a digest of it."""
+def collect(tree: Path, tests: tuple[str, ...]) -> list[str]:
+    """Every test by name, as pytest finds them on this machine; leaves them compiled, as pytest compiles tests."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests], cwd=tree,
+        capture_output=True, text=True, check=False, env=env | {"PYTHONPATH": str(tree)},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return list(dict.fromkeys(line for line in done.stdout.splitlines() if "::" in line))
+
+
+def snapshot(where: Path) -> Path:
+    """A copy of the tree, which nobody edits under a running guest, compiled: a guest would need a minute for that."""
     names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "--", *TESTED], cwd=ROOT, capture_output=True, text=True,
+        ["git", "ls-files", "-co", "--exclude-standard", "--", *NEEDED], cwd=ROOT, capture_output=True, text=True,
         check=True,
     ).stdout.split()  # fmt: skip
-    files = {name: (ROOT / name).read_bytes() for name in sorted(set(names)) if (ROOT / name).is_file()}
-    whole = hashlib.sha256()
-    for name, content in files.items():
-        whole.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
-    digest = whole.hexdigest()[:16]
-    copy = where / "trees" / digest
-    for name, content in files.items():
+    (where / "trees").mkdir(parents=True, exist_ok=True)
+    copy = Path(tempfile.mkdtemp(dir=where / "trees"))
+    for name in filter(lambda name: (ROOT / name).is_file(), names):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes(content)
-    return digest, copy
+        shutil.copy(ROOT / name, copy / name)
+    compileall.compile_dir(copy, quiet=2)
+    return copy
 
 
-def run(where: Path, tree: tuple[str, Path], suite: str, tests: tuple[str, ...], again: bool) -> Result:
-    """Boots one kernel and runs the tests in it, unless that was done before."""
+def _store(where: Path, version: str, tree: Path, test: str) -> Path:
+    """Where the outcomes of a test file are kept."""
+    name = test.replace("/", ".").removesuffix(".py")
+    return where / "results" / version / f"{name}-{depends.digest(test, tree)}.jsonl"
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    """A line may be torn: its guest died."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def known(where: Path, tree: Path, suite: str, tests: list[str]) -> Kernel:
+    """What is known of these tests on that kernel."""
     version = (where / "kernels" / suite / "version").read_text().strip()
-    chosen = hashlib.sha256(" ".join(tests).encode()).hexdigest()[:8]
-    known = where / "results" / f"{version}-{tree[0]}-{chosen}.json"
-    if known.exists() and not again:
-        return Result(**json.loads(known.read_text()))
-    out = where / "out" / f"{suite}-{chosen}"
-    out.mkdir(parents=True, exist_ok=True)
-    report = out / "junit.xml"
-    report.unlink(missing_ok=True)
-    python = ROOT / ".venv/bin/python"
-    # Programs compiled once are kept for all agents of this kernel: that takes a guest 20 s. One CPU for each guest:
-    # an emulated second one costs more than it gives.
+    kernel = Kernel(suite, version, dict.fromkeys(tests, NOT_RUN))
+    for file in {test.partition("::")[0] for test in tests}:
+        for line in _read(_store(where, version, tree, file)):
+            if line["name"] in kernel.outcomes:
+                kernel.outcomes[line["name"]] = line["outcome"]
+                kernel.said[line["name"]] = line.get("said", "")
+    return kernel
+
+
+def run(where: Path, tree: Path, suite: str, tests: list[str]) -> Kernel:
+    """Boots one kernel and runs in it those of the tests of which it is not known that they pass."""
+    before = known(where, tree, suite, tests)
+    if not before.failed:
+        return before
+    out = where / "results" / before.version
+    (out / "programs").mkdir(parents=True, exist_ok=True)
+    files = {test.partition("::")[0] for test in before.failed}
+    stores = {file: str(_store(where, before.version, tree, file)) for file in files}
+    (out / "told").write_text(json.dumps(stores))
+    (out / "tests").write_text("\n".join(before.failed))
+    # Programs compiled once are kept for all agents of this kernel: that takes a guest 20 s.
     command = (
-        f"for module in {MODULES}; do modprobe $module; done; ulimit -n 65536; cd {tree[1]}; "
-        f"export VIP_TRACER_CACHE=$VM_OUT/programs PYTHONPATH={tree[1]}; mkdir -p $VIP_TRACER_CACHE; "
-        f"{python} -m pytest -q -p no:cacheprovider --timeout 900 --junitxml $VM_OUT/junit.xml {' '.join(tests)}"
+        f"for module in {MODULES}; do modprobe $module; done; ulimit -n 65536; cd {tree}; "
+        f"export VIP_TRACER_CACHE=$VM_OUT/programs PYTHONPATH={tree} VM_TOLD=$VM_OUT/told; "
+        f"export VIP_TRACER_REQUIRE={REQUIRED}; "
+        f"{ROOT / '.venv/bin/python'} -m pytest -v -p no:cacheprovider -p tests.vm.told -p tests.vm.forked "
+        "--timeout 900 @$VM_OUT/tests"
     )
     begun = time.monotonic()
-    done = subprocess.run(
-        [HERE / "boot", where, suite, command], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"VM_OUT": str(out), "VM_CPUS": "1", "VM_TIMEOUT": "5400"},
-    )  # fmt: skip
-    said = (done.stdout + done.stderr)[-20_000:]
-    outcomes = _outcomes(report) if report.exists() else {}
-    if not outcomes:
-        outcomes = {"the guest": "failed"}
-    found = Result(suite, version, outcomes, time.monotonic() - begun, said)
-    if report.exists():
-        known.parent.mkdir(exist_ok=True)
-        known.write_text(json.dumps(dataclasses.asdict(found)))
-    return found
+    with open(out / "said", "w", encoding="utf-8") as said:
+        subprocess.run(
+            [HERE / "boot", where, suite, command], cwd=ROOT, stdout=said, stderr=said, check=False,
+            env=os.environ | {"VM_OUT": str(out), "VM_TIMEOUT": "21600"},
+        )  # fmt: skip
+    after = known(where, tree, suite, tests)
+    count = f"{len(before.failed)} to run, {len(after.failed)} failed or not run, {time.monotonic() - begun:.0f} s"
+    print(f"{after.version}: {count}", file=sys.stderr)
+    if after.failed:
+        print((out / "said").read_text(errors="replace")[-20_000:], file=sys.stderr)
+    return after
 
 
-def _outcomes(report: Path) -> dict[str, str]:
-    found = {}
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        name = f"{case.get('classname', '').removeprefix('tests.')}::{case.get('name')}"
-        skipped = case.find("skipped")
-        if case.find("failure") is not None or case.find("error") is not None:
-            found[name] = "failed"
-        else:
-            found[name] = "passed" if skipped is None else f"skipped: {skipped.get('message', '')}"
-    return found
-
-
-def table(results: list[Result]) -> str:
-    """Markdown: a row per scenario (a test, whatever its parameters), a column per kernel; passed of run."""
+def table(kernels: list[Kernel]) -> str:
+    """Markdown: a row per scenario (a test, whatever its parameters), a column per kernel; how many passed."""
     scenarios: dict[str, dict[str, list[str]]] = defaultdict(dict)
-    for result in results:
-        for name, outcome in result.outcomes.items():
-            scenario = re.sub(r"\[.*", "", name)
-            scenarios[scenario].setdefault(result.version, []).append(outcome)
-    versions = [result.version for result in results]
+    for kernel in kernels:
+        for name, outcome in kernel.outcomes.items():
+            scenarios[re.sub(r"\[.*", "", name)].setdefault(kernel.version, []).append(outcome)
+    versions = [kernel.version for kernel in kernels]
     lines = [f"| scenario | {' | '.join(versions)} |", "|---|" + "---|" * len(versions)]
     for scenario, by_version in sorted(scenarios.items()):
-        cells = [_cell(by_version.get(version, [])) for version in versions]
-        module, _, test = scenario.partition("::")
-        lines.append(f"| {module.rpartition('.')[2].removeprefix('test_')}: {_words(test)} | {' | '.join(cells)} |")
+        file, _, test = scenario.partition("::")
+        words = test.removeprefix("test_").replace("_", " ")
+        cells = " | ".join(_cell(by_version.get(version, [])) for version in versions)
+        lines.append(f"| {Path(file).stem.removeprefix('test_')}: {words} | {cells} |")
     return "\n".join(lines)
-
-
-def _words(test: str) -> str:
-    return test.removeprefix("test_").replace("_", " ")
 
 
 def _cell(outcomes: list[str]) -> str:
     passed = outcomes.count("passed")
-    failed = outcomes.count("failed")
-    if not outcomes:
-        return ""
-    if failed:
-        return f"**{failed} of {passed + failed} failed**"
-    if not passed:
-        return "not possible"
-    return f"{passed} passed" + (f", {len(outcomes) - passed} not possible" if len(outcomes) > passed else "")
+    impossible = sorted({outcome for outcome in outcomes if outcome.startswith("skipped")})
+    cell = [f"{passed} passed"] if passed else []
+    cell += [f"**{outcomes.count(bad)} {bad}**" for bad in (FAILED, NOT_RUN) if bad in outcomes]
+    cell += [f"not possible ({why.removeprefix('skipped: ').removeprefix('Skipped: ')})" for why in impossible]
+    return ", ".join(cell)
 
 
-def write_page(results: list[Result], page: Path) -> None:
+def write_page(kernels: list[Kernel], page: Path) -> None:
     """Puts the table between its marks."""
     text = page.read_text()
     before, _, rest = text.partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    page.write_text(f"{before}{_BEGIN}\n{table(results)}\n{_END}{after}")
+    page.write_text(f"{before}{_BEGIN}\n{table(kernels)}\n{_END}{after}")
 
 
 def main() -> int:
     """Runs everything that is not known yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("tests", nargs="*", help="files or tests; default: every scenario")
     parser.add_argument("--kernel", action="append", metavar="SUITE", help=f"default: {', '.join(SUITES)}")
     parser.add_argument("--short", action="store_true", help="a selection of some minutes")
-    parser.add_argument(
-        "--dir", type=Path, default=Path("/var/cache/vip-tracer-kernels"), help="for packages and results"
-    )
-    parser.add_argument("--again", action="store_true", help="also what is known")
+    parser.add_argument("--guests", type=int, default=len(os.sched_getaffinity(0)), help="how many run at a time")
+    parser.add_argument("--dir", type=Path, default=Path("/var/cache/vip-tracer-kernels"), help="packages and results")
     parser.add_argument("--page", action="store_true", help="write docs/compatibility.md")
+    parser.add_argument("--known", action="store_true", help="boot nothing: what is known already")
     given = parser.parse_args()
-    suites, tests = tuple(given.kernel or SUITES), SHORT if given.short else WHOLE
+    suites = tuple(given.kernel or SUITES)
     subprocess.run([HERE / "fetch", given.dir, *suites], check=True, stdout=sys.stderr)
     tree = snapshot(given.dir)
-    results = []
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        for found in pool.map(lambda suite: run(given.dir, tree, suite, tests, given.again), suites):
-            results.append(found)
-            said = f"{len(found.failed)} failed of {len(found.outcomes)}, {found.seconds:.0f} s"
-            print(f"{found.version}: {said}", file=sys.stderr)
-            if found.failed:
-                print(found.said, file=sys.stderr)
-    shutil.rmtree(tree[1])
-    print(table(results))
+    try:
+        tests = collect(tree, tuple(given.tests or (SHORT if given.short else WHOLE)))
+        with concurrent.futures.ThreadPoolExecutor(given.guests) as pool:
+            one = known if given.known else run
+            kernels = list(pool.map(lambda suite: one(given.dir, tree, suite, tests), suites))
+    finally:
+        shutil.rmtree(tree)
+    for kernel in kernels:
+        for name in kernel.failed:
+            print(f"{kernel.version}: {name}: {kernel.outcomes[name]}", file=sys.stderr)
+    print(table(kernels))
     if given.page:
-        write_page(results, ROOT / "docs" / "compatibility.md")
-    return 1 if any(result.failed for result in results) else 0
+        write_page(kernels, ROOT / "docs" / "compatibility.md")
+    return 1 if any(kernel.failed for kernel in kernels) else 0
 
 
 if __name__ == "__main__":
