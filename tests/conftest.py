@@ -53,6 +53,9 @@ CAPABILITIES: dict[str, Callable[[], str]] = {
     "ipv6": lambda: "" if Path("/proc/net/if_inet6").exists() else "the kernel has no IPv6",
     "mptcp": lambda: "" if Path("/proc/sys/net/mptcp/enabled").exists() else "the kernel has no MPTCP",
     "ipvs": lambda: "" if Path("/proc/net/ip_vs").exists() else "the kernel has no IPVS, or its module is not loaded",
+    "guest": lambda: (
+        "" if "vm.run=" in Path("/proc/cmdline").read_text() else "done to a guest only: make test-kernels"
+    ),
     "bcc": lambda: "" if importlib.util.find_spec("bcc") else "python3-bpfcc is not installed",
 }
 

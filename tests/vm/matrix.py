@@ -44,7 +44,7 @@ SHORT = (
     "tests/scenarios/test_dataplanes.py::test_what_comes_from_outside_is_a_row_with_its_backend",
 )
 #: What every kernel here has: a test may not call it lacking. What else is lacking makes a test impossible, loudly.
-REQUIRED = "bpf,netns,conntrack,iptables,nft,ipvs"
+REQUIRED = "bpf,netns,conntrack,iptables,nft,ipvs,guest"
 FAILED, NOT_RUN = "failed", "not run"
 _BEGIN, _END = "<!-- made by tests/vm/matrix.py -->", "<!-- end -->"
 
@@ -135,7 +135,7 @@ def run(where: Path, tree: Path, suite: str, tests: list[str]) -> Kernel:
     command = (
         f"for module in {MODULES}; do modprobe $module; done; ulimit -n 65536; cd {tree}; "
         f"export VIP_TRACER_CACHE=$VM_OUT/programs PYTHONPATH={tree} VM_TOLD=$VM_OUT/told; "
-        f"export VIP_TRACER_REQUIRE={REQUIRED}; "
+        f"export VIP_TRACER_REQUIRE={REQUIRED} PYTHONUNBUFFERED=1; "
         f"{ROOT / '.venv/bin/python'} -m pytest -v -p no:cacheprovider -p tests.vm.told -p tests.vm.forked "
         "--timeout 900 @$VM_OUT/tests"
     )
