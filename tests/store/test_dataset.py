@@ -31,7 +31,7 @@ def test_nothing_is_visible_before_publication(tmp_path, dataset, records, visib
     assert (dataset.unpublished, dataset.written) == (100, 0)
     dataset.publish({})
     assert conn_ids(tmp_path) == list(range(1, 101))
-    assert (dataset.unpublished, dataset.written, dataset.lost, dataset.files) == (0, 100, 0, 1)
+    assert (dataset.unpublished, dataset.written, dataset.lost) == (0, 100, 0)
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -162,3 +162,27 @@ class TestBadDisk:
         assert [r.levelno for r in caplog.records] == [logging.ERROR, logging.WARNING]
         dataset.write(records(2))
         assert (dataset.lost, dataset.unpublished) == (0, 2)
+
+    def test_the_account_of_publications(self, tmp_path, records, wall, clocks, visible) -> None:
+        root = tmp_path / "data"
+        dataset = Dataset(root, RUN, wall, monotonic=clocks.monotonic, wall_ns=clocks.wall_ns)
+        dataset.write(records(10))
+        clocks.seconds = 5
+        dataset.publish({})
+        account = dataset.published
+        assert (account.publications, account.failures, account.at, account.error) == (1, 0, 5, "")
+        assert account.files == {"connections": 1, "coverage": 1, "endpoints": 0}
+        for table, size in account.bytes.items():
+            assert size == sum(path.stat().st_size for path in visible(root, table))
+        dataset.write(records(10))
+        self.break_disk(root)
+        clocks.seconds = 10
+        dataset.publish({})
+        failed = dataset.published
+        assert (failed.publications, failed.failures, failed.at) == (2, 1, 5)
+        assert "directory" in failed.error
+        assert (failed.files, failed.bytes) == (account.files, account.bytes)
+        self.mend_disk(root)
+        clocks.seconds = 20
+        dataset.publish({})
+        assert (dataset.published.failures, dataset.published.at, dataset.published.error) == (1, 20, "")

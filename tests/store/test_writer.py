@@ -65,6 +65,39 @@ def test_flush_publishes_what_was_put(tmp_path, wall, records, conn_ids) -> None
     assert conn_ids(tmp_path) == [1, 2, 3, 4, 5]
 
 
+def test_the_oldest_row_that_is_not_published(tmp_path, wall, records) -> None:
+    now = [10.0]
+    writer = DatasetWriter(tmp_path, RUN, wall, monotonic=lambda: now[0])
+    assert writer.snapshot().oldest_at is None
+    writer.put(records(0))
+    assert writer.snapshot().oldest_at is None
+    writer.put(records(3))
+    now[0] = 12.0
+    writer.put(records(3, first=4))
+    assert writer.snapshot().oldest_at == 10.0
+    writer.flush()
+    assert writer.snapshot().oldest_at is None
+    assert writer.snapshot().published.at == 12.0
+    writer.put(records(1, first=7))
+    assert writer.snapshot().oldest_at == 12.0
+    writer.close()
+    assert writer.snapshot().oldest_at is None
+
+
+def test_rows_that_come_while_others_are_published_are_not_the_oldest(tmp_path, wall, records, stuck) -> None:
+    now = [10.0]
+    writer = DatasetWriter(tmp_path, RUN, wall, monotonic=lambda: now[0], group_rows=2)
+    writer.put(records(2))  # which the disk holds up
+    number = writer.ask_flush()
+    assert writer.ask_flush() == number + 1
+    now[0] = 20.0
+    writer.put(records(1, first=3))
+    assert writer.snapshot().oldest_at == 10.0
+    stuck.set()
+    writer.close()
+    assert published_ids(tmp_path) == [1, 2, 3]
+
+
 def test_a_full_queue_refuses_whole_chunks_and_counts_them(tmp_path, wall, records, stuck, conn_ids, coverage) -> None:
     writer = DatasetWriter(tmp_path, RUN, wall, group_rows=10, pending_bytes=30 * RECORD.itemsize)
     assert [writer.put(records(n, first=first)) for first, n in ((1, 10), (11, 15), (26, 6), (32, 5), (37, 1))] == [

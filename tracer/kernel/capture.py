@@ -42,6 +42,7 @@ from tracer.kernel.maps import (
     MODE_INTERIM,
     NETWORK,
     OWNER,
+    SOCKET,
     TRACED_LOOPBACK,
     TRACED_SERVERS,
     TRANSLATION,
@@ -55,8 +56,17 @@ from tracer.record import RECORD, ROLE_NAMES, TUPLE, Nat, NatSource
 
 _log = logging.getLogger(__name__)
 
-#: A key of the connections map: a socket's address.
-_SOCKET = np.dtype("<u8")
+CONNECT_PROBE = ("tracepoint/sys_enter_connect", "tracepoint/sys_exit_connect")
+#: Whatever may be attached, in the words of bpf/tracer.c; `Capture.programs` says what is.
+PROGRAMS = (
+    "tp_btf/inet_sock_set_state",
+    "tp_btf/tcp_destroy_sock",
+    "socket_filter/ctnetlink",
+    "iter/tcp",
+    "iter/udp",
+    "cgroup/sock_release",
+    *CONNECT_PROBE,
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ class Capture:
         """
         self.options = options
         self.enobufs = 0
+        self.drained_at = time.monotonic()
         self._dumped_alive, self._kept, self._enobufs_then, self._unentered = False, 0, 0, 0
         self._dump_malformed = self._dump_directional = self._dump_lost = self._lost_end = 0
         self._filter = self._netns_filter()
@@ -230,6 +241,7 @@ class Capture:
 
     def drain(self) -> npt.NDArray[Any]:
         """Finished records: an array of RECORD."""
+        self.drained_at = time.monotonic()
         records = self._flows.settle(self._ring.drain())
         if self._flows.holds:
             self._outbox.append(self._flows.release(_boot_ns(), self._unclaimed))
@@ -253,19 +265,14 @@ class Capture:
     @property
     def programs(self) -> tuple[str, ...]:
         """What is attached, in the words of bpf/tracer.c."""
-        return (
-            "tp_btf/inet_sock_set_state",
-            "tp_btf/tcp_destroy_sock",
-            "socket_filter/ctnetlink",
-            "iter/tcp",
-            "iter/udp",
-            *(["cgroup/sock_release"] if "socket_released" in self._descriptors else []),
-            *(["tracepoint/sys_enter_connect", "tracepoint/sys_exit_connect"] if self._probe else []),
-        )
+        released, probed = "socket_released" in self._descriptors, bool(self._probe)
+        there = {"cgroup/sock_release": released} | dict.fromkeys(CONNECT_PROBE, probed)
+        return tuple(name for name in PROGRAMS if there.get(name, True))
 
     def program_descriptors(self) -> dict[str, int]:
         """Programs that run with the traffic, by name."""
-        return {name[: -len("_program")]: fd for name, fd in self._descriptors.items() if name.endswith("_program")}
+        descriptors = list(self._descriptors.items())  # at once: `stop` may take some out meanwhile
+        return {name[: -len("_program")]: fd for name, fd in descriptors if name.endswith("_program")}
 
     def counters(self) -> dict[str, int]:
         """Totals since the start, by counter name."""
@@ -281,11 +288,13 @@ class Capture:
 
     def totals(self) -> dict[str, int]:
         """`counters`, and the levels of `tracer.store.coverage.GAUGES` (reads both maps)."""
-        open_now = libbpf.map_count(self.maps.connections, _SOCKET, CONNECTION)
-        known = libbpf.map_count(self.maps.translations, TUPLE, TRANSLATION)
-        levels = {"open_connections": open_now, "translations": known, "directional": self._dump_directional}
-        levels["unentered_namespaces"] = self._unentered
+        levels = {"open_connections": self.maps.count("connections"), "translations": self.maps.count("translations")}
+        levels |= {"directional": self._dump_directional, "unentered_namespaces": self._unentered}
         return self.counters() | levels
+
+    def ring_fills(self) -> tuple[list[int], float]:
+        """Drains by how full they found the ring, as `Ring.fills`, and the sum of what they found."""
+        return list(self._ring.fills), self._ring.fill_sum
 
     def interim(self, hand_over: Callable[[], object]) -> None:
         """Rows for every connection whose interval is over.
@@ -372,11 +381,11 @@ class Capture:
         """
         began = _boot_ns()
         walked = self._walk(MODE_INTERIM)
-        for sockets, connections in libbpf.map_batches(self.maps.connections, _SOCKET, CONNECTION):
+        for sockets, connections in libbpf.map_batches(self.maps.connections, SOCKET, CONNECTION):
             row = connections["row"]
             born = np.maximum(row["ts"], connections["visited"])
             gone = (born < began) & np.isin(row["netns"], list(walked))
-            for key, conn_id in zip(_elements(sockets[gone], _SOCKET), row["conn_id"][gone], strict=True):
+            for key, conn_id in zip(_elements(sockets[gone], SOCKET), row["conn_id"][gone], strict=True):
                 self._forget(key, conn_id)
 
     def _forget(self, key: bytes, conn_id: int) -> None:

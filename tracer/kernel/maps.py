@@ -71,6 +71,16 @@ OWNER = np.dtype(
 
 #: `struct dial`, of which user space needs the size only.
 DIAL_BYTES = 40
+#: A socket's address, or a thread (pid_tgid).
+SOCKET = np.dtype("<u8")
+#: The maps that fill with the traffic, which `Sizes` says the room of: keys and values.
+FILLING = {
+    "connections": (SOCKET, CONNECTION),
+    "translations": (TUPLE, TRANSLATION),
+    "owners": (TUPLE, OWNER),
+    "listeners": (SOCKET, np.dtype("u1")),
+    "dials": (SOCKET, np.dtype(f"V{DIAL_BYTES}")),
+}
 #: `struct network`: a prefix length in bits, and an IPv6 or v4-mapped address.
 NETWORK = np.dtype([("length", "<u4"), ("address", "V16")])
 
@@ -205,6 +215,11 @@ class Maps:
     def descriptors(self) -> dict[str, int]:
         """Map name → descriptor."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def count(self, name: str) -> int:
+        """How many elements one of the maps of `FILLING` holds now; reads all of it."""
+        key, value = FILLING[name]
+        return libbpf.map_count(getattr(self, name), key, value)
 
     def close(self) -> None:
         """Closes every descriptor."""

@@ -5,6 +5,7 @@ producer's, then the data, mapped twice in a row so that a record never wraps. E
 bytes: the length with two flag bits, and a page offset.
 """
 
+import bisect
 import ctypes
 import mmap
 import platform
@@ -18,6 +19,8 @@ from tracer.errors import TracerError
 
 BUSY = 1 << 31
 DISCARD = 1 << 30
+#: Upper bounds of the classes in which `Ring.fills` counts drains by how full they found the ring.
+FILL_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def _fence() -> Callable[[], None]:
@@ -39,6 +42,9 @@ def _fence() -> Callable[[], None]:
 class Ring:
     """A consumer of fixed-size records.
 
+    `fills` counts drains by how full they found the ring, in the classes of `FILL_BOUNDS`; `fill_sum` adds up what they
+    found, each 0 to 1.
+
     Args:
         fd: descriptor of the ring buffer map.
         size: its size in bytes, a power of two and a multiple of the page size.
@@ -48,9 +54,7 @@ class Ring:
     def __init__(self, fd: int, size: int, record: np.dtype[Any]) -> None:
         page = mmap.PAGESIZE
         self._size = size
-        self._step = np.dtype([("length", "<u4"), ("page", "<u4"), ("record", record)])
-        self._record = record
-        self._fence = _fence()
+        self._prepare(record)
         self._consumer_map = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
         self._producer_map = mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         self._consumer = np.frombuffer(self._consumer_map, np.uint64, 1)
@@ -63,11 +67,15 @@ class Ring:
         """A ring over plain arrays, for tests: `data` holds the data area twice."""
         ring = cls.__new__(cls)
         ring._size = len(data) // 2
-        ring._step = np.dtype([("length", "<u4"), ("page", "<u4"), ("record", record)])
-        ring._record = record
-        ring._fence = _fence()
+        ring._prepare(record)
         ring._consumer, ring._producer, ring._data = consumer, producer, data
         return ring
+
+    def _prepare(self, record: np.dtype[Any]) -> None:
+        self._step = np.dtype([("length", "<u4"), ("page", "<u4"), ("record", record)])
+        self._record = record
+        self._fence = _fence()
+        self.fills, self.fill_sum = [0] * len(FILL_BOUNDS), 0.0
 
     def fill(self) -> float:
         """How full the ring is, 0 to 1."""
@@ -85,6 +93,9 @@ class Ring:
         step = self._step
         consumer = int(self._consumer[0])
         available = int(self._producer[0]) - consumer
+        found = min(available / self._size, 1.0)
+        self.fills[bisect.bisect_left(FILL_BOUNDS, found)] += 1
+        self.fill_sum += found
         self._fence()
         start = consumer & (self._size - 1)
         view = self._data[start : start + available // step.itemsize * step.itemsize].view(step)

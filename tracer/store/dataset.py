@@ -4,6 +4,7 @@ Synchronous; knows no threads. Every row given to `write` ends in a published fi
 is in `unpublished`. A disk that fails is not an error of the agent: rows are counted, said once, and tried again.
 """
 
+import dataclasses
 import json
 import logging
 import time
@@ -29,6 +30,24 @@ MAX_OPEN = 4
 RETRY_S = 30.0
 
 Totals = Callable[[], Mapping[str, int]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Published:
+    """What has been published so far: files and bytes by table, and how it stands with publishing.
+
+    A publication is one call of `publish`; it failed if any of its files did. `seconds` is what all of them took, `at`
+    (monotonic seconds) when the last whole one was over, before the first one when the run began. `error` is what
+    stands in the way now; empty: nothing.
+    """
+
+    at: float
+    files: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(schema.TABLES, 0))
+    bytes: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(schema.TABLES, 0))
+    publications: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+    error: str = ""
 
 
 class _HourFile:
@@ -62,19 +81,24 @@ class Dataset:
         names: RowNames | None = None,
     ) -> None:
         """`names` names the rows, and makes the endpoints table; without, there are none of either."""
-        self.written = self.lost = self.unpublished = self.files = 0
+        self.written = self.lost = self.unpublished = 0
         self._root, self._run, self._clock = root, run, clock
         self._rotate_s, self._rotate_bytes = rotate_s, rotate_bytes
         self._monotonic, self._wall_ns = monotonic, wall_ns
         self._open: dict[int, _HourFile] = {}
         self._number = 0
         self._rotated = monotonic()
-        self._failing = False
+        self._published = Published(monotonic())
         self._retry_at = 0.0
         self._lost_when_it_failed = 0
         self._coverage = CoverageLog(run, wall_ns())
         self._names = names
         self._endpoints_until = wall_ns()
+
+    @property
+    def published(self) -> Published:
+        """The account of what was published; each is a snapshot."""
+        return self._published
 
     @property
     def seconds_until_due(self) -> float:
@@ -102,21 +126,41 @@ class Dataset:
         `totals` are the agent's running totals by column of the coverage table; those of the dataset itself
         (`written`, and its share of `lost_writer`) are added here.
         """
-        self._rotated = self._monotonic()
+        self._rotated = began = self._monotonic()
         whole = True
         for hour in sorted(self._open):
             whole &= self._publish_hour(hour, totals)
         if self._names is not None:
             whole &= self._publish_endpoints(self._names, totals, last)
-        if self._publish_coverage(totals, last) and whole and self._failing:
-            self._failing = False
+        whole &= self._publish_coverage(totals, last)
+        if whole and self._published.error:
             lost = self.lost - self._lost_when_it_failed
             _log.warning("writing to %s works again; %d rows were lost meanwhile, see coverage/", self._root, lost)
+        self._took(began, whole)
+
+    def _took(self, began: float, whole: bool) -> None:
+        before, now = self._published, self._monotonic()
+        self._published = dataclasses.replace(
+            before,
+            publications=before.publications + 1,
+            failures=before.failures + (not whole),
+            seconds=before.seconds + now - began,
+            at=now if whole else before.at,
+            error="" if whole else before.error,
+        )
+
+    def _count(self, table: str, size: int) -> None:
+        before = self._published
+        self._published = dataclasses.replace(
+            before,
+            files={**before.files, table: before.files[table] + 1},
+            bytes={**before.bytes, table: before.bytes[table] + size},
+        )
 
     def _write_hour(self, hour: int, records: np.ndarray, ts: np.ndarray) -> None:
         count = len(records)
         self.unpublished += count
-        if self._failing and self._monotonic() < self._retry_at:
+        if self._published.error and self._monotonic() < self._retry_at:
             self._lose(count)
             return
         try:
@@ -145,7 +189,7 @@ class Dataset:
         del self._open[hour]
         self.unpublished -= rows
         self.written += rows
-        self.files += 1
+        self._count("connections", item.file.size)
         return True
 
     def _publish_endpoints(self, names: RowNames, totals: Mapping[str, int], last: bool) -> bool:
@@ -189,6 +233,7 @@ class Dataset:
             if file is not None:
                 name = layout.published_name(self._run.node, start, self._run.run_id, number)
                 file.publish(name, self._metadata(kind, totals))
+                self._count(kind, file.size)
         except (OSError, pa.ArrowException) as error:
             self._fail(error)
             if file:
@@ -230,8 +275,7 @@ class Dataset:
 
     def _fail(self, error: Exception) -> None:
         self._retry_at = self._monotonic() + RETRY_S
-        if not self._failing:
-            self._failing = True
+        if not self._published.error:
             self._lost_when_it_failed = self.lost
             _log.error(
                 "cannot write to %s: %s; rows are lost, and counted, until it works again: free space or mend the "
@@ -239,3 +283,4 @@ class Dataset:
                 self._root,
                 error,
             )
+        self._published = dataclasses.replace(self._published, error=str(error) or type(error).__name__)

@@ -42,7 +42,7 @@ class UnpublishedFile:
 
     def __init__(self, directory: Path, name: str, schema: pa.Schema) -> None:
         layout.make_directory(directory)
-        self.rows = 0
+        self.rows = self._published_bytes = 0
         self._path = directory / name
         # This descriptor is open before anything is written, so its fsync reports every failed write-back.
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -55,8 +55,8 @@ class UnpublishedFile:
 
     @property
     def size(self) -> int:
-        """Bytes written so far, the footer not included."""
-        return int(self._sink.tell())
+        """Bytes written so far, the footer not included; of a published file all of them."""
+        return self._published_bytes or int(self._sink.tell())
 
     def write(self, table: pa.Table) -> None:
         """Adds the table as one row group."""
@@ -69,6 +69,7 @@ class UnpublishedFile:
         self._writer.close()
         self._sink.close()
         os.fsync(self._descriptor)
+        self._published_bytes = os.fstat(self._descriptor).st_size
         target = self._path.with_name(name)
         self._path.rename(target)
         with contextlib.suppress(OSError):

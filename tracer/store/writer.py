@@ -18,7 +18,7 @@ from tracer.errors import TracerError
 from tracer.record import RECORD
 from tracer.store import layout
 from tracer.store.coverage import Run
-from tracer.store.dataset import Dataset
+from tracer.store.dataset import Dataset, Published
 from tracer.store.gather import Gather
 from tracer.store.names import RowNames
 
@@ -38,13 +38,18 @@ HEAR_S = 0.5
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Counts:
-    """The writer's account at one moment, in rows; `files` is the number of published connection files."""
+    """The writer's account at one moment, in rows.
 
+    `oldest_at` (monotonic seconds) is when the oldest row was put that is neither published nor lost; None: there is
+    none.
+    """
+
+    published: Published
     emitted: int = 0
     written: int = 0
     lost: int = 0
     queued: int = 0
-    files: int = 0
+    oldest_at: float | None = None
 
     @property
     def unpublished(self) -> int:
@@ -111,8 +116,11 @@ class DatasetWriter:
         self._changed = threading.Condition()
         # Everything below is guarded by `_changed`; the dataset belongs to the thread alone.
         self._gather = Gather(group_rows)
-        self._counts = Counts()
+        self._counts = Counts(self._dataset.published)
         self._refused = 0
+        # When the first row was put that the publication asked for shall take, and the first after that.
+        self._asked_since: float | None = None
+        self._since: float | None = None
         self._flushes = self._flushed = 0
         self._asked: _Asked | None = None
         self._closing = self._done = False
@@ -133,8 +141,10 @@ class DatasetWriter:
                 lost=before.lost + (0 if taken else count),
                 queued=before.queued + (count if taken else 0),
             )
-            if taken:
-                self._gather.put(records, self._monotonic())
+            if taken and count:
+                now = self._monotonic()
+                self._since = now if self._since is None else self._since
+                self._gather.put(records, now)
                 if self._gather.oldest is not None:
                     self._changed.notify_all()
             return taken
@@ -142,19 +152,25 @@ class DatasetWriter:
     def snapshot(self) -> Counts:
         """The account now."""
         with self._changed:
-            return self._counts
+            oldest = self._since if self._asked_since is None else self._asked_since
+            return dataclasses.replace(self._counts, oldest_at=oldest)
 
     @property
     def failed(self) -> bool:
         """Whether the thread has died of a defect; `close` then says so."""
         return self._error is not None
 
-    def flush(self) -> None:
-        """Publishes everything put so far, and a coverage row; returns when that is done or has failed."""
+    def ask_flush(self) -> int:
+        """Has everything put so far published, and a coverage row, without waiting; returns the request's number."""
         with self._changed:
             self._flushes += 1
-            mine = self._flushes
             self._changed.notify_all()
+            return self._flushes
+
+    def flush(self) -> None:
+        """As `ask_flush`; returns when that is done or has failed."""
+        mine = self.ask_flush()
+        with self._changed:
             self._changed.wait_for(lambda: self._flushed >= mine or self._done or self._error is not None)
 
     def close(self) -> None:
@@ -178,6 +194,7 @@ class DatasetWriter:
             _log.exception("the writer stopped")
             with self._changed:
                 self._error = error
+                self._asked_since = self._since = None
                 counts = self._counts
                 self._counts = dataclasses.replace(counts, lost=counts.emitted - counts.written, queued=0)
                 self._changed.notify_all()
@@ -200,7 +217,7 @@ class DatasetWriter:
             self._dataset.publish(self._totals(), last=asked.closing)
             self._account(0)
             with self._changed:
-                self._asked = None
+                self._asked = self._asked_since = None
                 self._flushed = max(self._flushed, asked.flushes)
                 self._done = asked.closing
                 self._changed.notify_all()
@@ -224,6 +241,7 @@ class DatasetWriter:
         if due and self._asked is None:
             now = self._monotonic()
             self._gather.seal(now)
+            self._asked_since, self._since = self._since, None
             self._asked = _Asked(now, self._closing, self._flushes)
 
     def _is_due(self, hold: float) -> bool:
@@ -265,5 +283,5 @@ class DatasetWriter:
                 written=self._dataset.written,
                 lost=self._refused + self._dataset.lost,
                 queued=self._counts.queued - taken,
-                files=self._dataset.files,
+                published=self._dataset.published,
             )
