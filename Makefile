@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 VM_PACKAGES := qemu-system-x86 qemu-system-common busybox-static cpio zstd xz-utils ipvsadm
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
-.PHONY: setup demo test scenarios test-slow fuzz endurance test-kernels test-kernels-short vm-packages lint format docs bench
+.PHONY: setup demo test scenarios test-slow fuzz endurance test-kernels test-kernels-short vm-packages lint format docs alerts \
+	bench
 
 # A stamp, so that the packages are looked at once: remove .venv to do it again.
 setup: $(VENV)/.ready
@@ -69,8 +70,23 @@ format: setup
 	$(BIN)/ruff format tracer tests
 	$(BIN)/clang-format -i bpf/*.c bpf/*.h bpf/include/linux/*.h
 
+# The alert rules, checked and tried by Prometheus' own tool. Its package is unpacked, not installed: nothing starts.
+alerts: $(VENV)/promtool
+	$(VENV)/promtool check rules deploy/alerts/rules.yaml
+	$(VENV)/promtool test rules deploy/alerts/rules_test.yaml
+
+$(VENV)/promtool: $(VENV)/.ready
+	@cd $(VENV) && { apt-get download -q prometheus 2>/dev/null || { apt-get update -q && apt-get download -q prometheus; }; }
+	@dpkg-deb --fsys-tarfile $(VENV)/prometheus_*.deb | tar -xO ./usr/bin/promtool > $@.part
+	@chmod +x $@.part && mv $@.part $@ && rm $(VENV)/prometheus_*.deb
+
 docs: setup
 	$(BIN)/vip-tracer schema -o markdown > docs/schema.md
+	$(BIN)/vip-tracer schema --metrics -o markdown > docs/metrics.md
+	{ echo '# Generated from rules.yaml (make docs); do not edit.'; \
+	  echo 'apiVersion: monitoring.coreos.com/v1'; echo 'kind: PrometheusRule'; \
+	  echo 'metadata: {name: vip-tracer, namespace: vip-tracer, labels: {app.kubernetes.io/name: vip-tracer}}'; \
+	  echo 'spec:'; sed -n '/^groups:/,$$s/^/  /p' deploy/alerts/rules.yaml; } > deploy/alerts/prometheusrule.yaml
 
 bench: setup
 	$(BIN)/python -m tests.bench.ring_to_parquet

@@ -20,9 +20,11 @@ from tracer.errors import TracerError
 from tracer.kernel import accounting, checks
 from tracer.kernel.capture import Capture, Options
 from tracer.kernel.mounts import host_cgroups
+from tracer.operations import server, talk
 
 if TYPE_CHECKING:
     from tracer.naming.live import LiveNames
+    from tracer.store.writer import DatasetWriter
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ Records = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class AgentOptions:
-    """What the agent does, beside what it captures."""
+    """What the agent does, beside what it captures. `listen`: address and port for metrics and health."""
 
     output: Path
     node: str
@@ -63,6 +65,7 @@ class AgentOptions:
     rotate_bytes: int = 64 << 20
     ready_file: Path | None = None
     duration_s: float | None = None
+    listen: tuple[str, int] | None = None
 
 
 class Rhythm:
@@ -212,6 +215,7 @@ def run(options: AgentOptions) -> None:
     # Imported here: the loader child, the checks and --help do without pyarrow.
     import pyarrow
 
+    from tracer.operations.vitals import Vitals
     from tracer.store.coverage import Run
     from tracer.store.writer import DatasetWriter
 
@@ -226,9 +230,12 @@ def run(options: AgentOptions) -> None:
     clock = WallClock()
     kept_s = options.capture.interval_s + options.rotate_s + 300
     names = names_of(options.node, options.kubeconfig, options.name_wait_s, kept_s)
-    with Capture(options.capture) as capture, contextlib.closing(names) if names else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        # Before the rest, so that an address that is not to be had is said at once.
+        listener = stack.enter_context(server.bind(*options.listen)) if options.listen else None
+        capture = stack.enter_context(Capture(options.capture))
         if names:
-            names.start()
+            stack.enter_context(contextlib.closing(names)).start()
         identity = Run.here(
             options.node,
             programs=",".join(capture.programs),
@@ -245,36 +252,32 @@ def run(options: AgentOptions) -> None:
             names=names,
         )
         try:
-            _announce(options, capture, time.monotonic() - began)
-            reason = follow(capture, writer.put, clock, options.duration_s, lambda: writer.failed)
+            if listener is not None:
+                vitals = Vitals(capture, capture.totals, writer, names, options.rotate_s)
+                stack.enter_context(contextlib.closing(server.Server(listener, vitals.pages())))
+            naming = names.state() if names else "off"
+            address = server.address_of(listener) if listener is not None else None
+            talk.begun(capture, node=options.node, output=options.output, rotate_s=options.rotate_s, naming=naming,
+                       listen=address, seconds=time.monotonic() - began)  # fmt: skip
+            _tell_ready(options.ready_file)
+            reason = follow(capture, writer.put, clock, options.duration_s, lambda: _attend(writer))
         finally:
             writer.close()
-        _conclude(reason, writer.snapshot().written, capture.counters(), writer.snapshot().lost)
+        talk.ended(reason, writer.snapshot().written, capture.counters(), writer.snapshot().lost)
 
 
-def _announce(options: AgentOptions, capture: Capture, seconds: float) -> None:
-    sizes = options.capture.sizes
-    _log.info(
-        "ready after %.1f s: node %s, kernel %s, %s; %d open connections found, maps take %.1f MiB of kernel memory; "
-        "writing to %s",
-        seconds,
-        options.node,
-        os.uname().release,
-        ", ".join(capture.programs),
-        capture.counters()["adopted"],
-        sizes.kernel_bytes() / (1 << 20),
-        options.output,
-    )
-    if options.ready_file is not None:
-        try:
-            options.ready_file.write_text(f"{os.getpid()}\n", encoding="ascii")
-        except OSError as error:
-            raise TracerError(f"The ready file {options.ready_file} cannot be written ({error.strerror}).") from error
+def _attend(writer: "DatasetWriter") -> bool:
+    """Has everything published if SIGHUP came; whether the writer has died."""
+    if signal.sigtimedwait({signal.SIGHUP}, 0) is not None:
+        _log.info("SIGHUP: publishing what there is; options are read at the start only")
+        writer.ask_flush()
+    return writer.failed
 
 
-def _conclude(reason: str, rows: int, counters: dict[str, int], lost_writer: int) -> None:
-    losses = {name: count for name, count in counters.items() if name.startswith("lost_") and count}
-    if lost_writer:
-        losses["lost_writer"] = lost_writer
-    said = ", ".join(f"{name} {count}" for name, count in losses.items()) or "nothing lost"
-    _log.info("stopped (%s): %d rows written, %s", reason, rows, said)
+def _tell_ready(path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(f"{os.getpid()}\n", encoding="ascii")
+    except OSError as error:
+        raise TracerError(f"The ready file {path} cannot be written ({error.strerror}).") from error

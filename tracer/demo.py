@@ -119,7 +119,7 @@ def _agent(cluster: Cluster, output: Path) -> Iterator[None]:
             *(sys.executable, "-m", "tracer", "agent", "--output", str(output), "--node", cluster.node.name),
             *("--netns", cluster.node.path, "--only-netns", cluster.node.path),
             *(part for pod in pods for part in ("--only-netns", pod.netns.path)),
-            *("--interval", f"{INTERVAL_S}s", "--ready-file", str(ready)),
+            *("--interval", f"{INTERVAL_S}s", "--ready-file", str(ready), "--log-format", "text"),
         ),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

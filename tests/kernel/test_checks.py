@@ -209,7 +209,7 @@ def test_doctor_without_privilege_and_another_namespace() -> None:
 
 @pytest.mark.needs("bpf", "conntrack")
 def test_agent_without_privilege_says_so_in_sentences(tmp_path: Path) -> None:
-    done = as_nobody("agent", "--output", str(tmp_path / "none"), "--node", "node-1")
+    done = as_nobody("agent", "--output", str(tmp_path / "none"), "--node", "node-1", "--log-format", "text")
     assert done.stdout == ""
     assert "This node cannot be traced:\n  privilege: running as user 65534. Run as root (sudo)" in done.stderr
     assert "\n  BPF ring buffer: Operation not permitted" in done.stderr

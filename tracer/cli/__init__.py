@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from tracer.cli import logs
 from tracer.cli.agent import agent
 from tracer.cli.check import check
 from tracer.cli.demo import demo
@@ -23,7 +24,6 @@ from tracer.cli.schema import schema
 from tracer.cli.top import top
 from tracer.errors import NoDataError, TracerError, UsageError
 from tracer.version import __version__
-from tracer.words import printable
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
 #: What a node does without: the project's extra "analysis".
@@ -55,8 +55,7 @@ class _Commands(click.Group):
 
 
 def _end(ctx: click.Context, sentence: str, code: int) -> None:
-    """Says why, in characters that leave a terminal alone: a sentence may quote names that others chose."""
-    click.echo("\n".join(map(printable, f"vip-tracer: {sentence}".split("\n"))), err=True)
+    logs.say(sentence if logs.is_json() else f"vip-tracer: {sentence}", logging.ERROR)
     ctx.exit(code)
 
 
@@ -73,7 +72,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without arrows gets them spelled out, not a traceback
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logs.configure()
 
 
 for command in (agent, observe, top, report, name, doctor, check, schema, demo):

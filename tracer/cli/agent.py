@@ -1,11 +1,12 @@
 """``vip-tracer agent``: the node process."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tracer.cli.options import capture_from, capture_options, duration, names_options, node_option, size
+from tracer.cli.options import capture_from, capture_options, duration, log_option, names_options, node_option, size
 from tracer.cli.signals import hold
 
 
@@ -17,18 +18,25 @@ from tracer.cli.signals import hold
 @click.option("--rotate", type=duration, default="5m", show_default=True, help="Publish a file at least this often.")
 @click.option("--rotate-bytes", type=size, default="64MiB", show_default=True, help="Publish a file of this size.")
 @click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Write this file once tracing.")
+@click.option(
+    "--listen",
+    metavar="ADDR:PORT",
+    help="Serve /metrics, /healthz and /readyz there, as 127.0.0.1:9464 or [::1]:9464. Default: nowhere.",
+)
 @click.option("--duration", type=duration, help="Stop by itself after so long.")
 @click.option(
     "--enable-accounting",
     is_flag=True,
     help="Set net.netfilter.nf_conntrack_acct on the node, and leave it: bytes of forwarded connections.",
 )
+@log_option()
 @names_options
 @capture_options
 def agent(**values: Any) -> None:
-    """Trace this node's connections into Parquet files until SIGTERM or Ctrl-C."""
-    hold()
+    """Trace this node's connections into Parquet files until SIGTERM or Ctrl-C. SIGHUP: publish what there is."""
+    hold(signal.SIGHUP)
     from tracer.agent import AgentOptions, run
+    from tracer.operations.server import parse_address
 
     capture = capture_from(values)
     run(
@@ -43,5 +51,6 @@ def agent(**values: Any) -> None:
             rotate_bytes=values["rotate_bytes"],
             ready_file=values["ready_file"],
             duration_s=values["duration"],
+            listen=parse_address(values["listen"]) if values["listen"] is not None else None,
         )
     )

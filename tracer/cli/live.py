@@ -1,14 +1,13 @@
 """This node's connections as they happen, for the commands that show them: captured, named, as tables."""
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from tracer.cli import options
+from tracer.cli import logs, options
 from tracer.cli.signals import hold
 
 if TYPE_CHECKING:
@@ -52,12 +51,12 @@ def watch(
         if names:
             names.start()
         named = _Named(show, values["node"], clock, names)
-        click.echo(said, err=True)
+        logs.say(said)
         follow(capture, named.take, clock, seconds, finished=lambda: named.due() or finished())
         named.rest()
         losses = {name: count for name, count in capture.counters().items() if name.startswith("lost_") and count}
         if losses:
-            click.echo("lost: " + ", ".join(f"{name} {count}" for name, count in losses.items()), err=True)
+            logs.say("lost: " + ", ".join(f"{name} {count}" for name, count in losses.items()), logging.WARNING)
 
 
 class _Named:

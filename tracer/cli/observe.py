@@ -23,6 +23,7 @@ _SLICE = 1024
 @click.option("-o", "--output-format", type=click.Choice(FORMATS), default="table", show_default=True)
 @click.option("-n", "--limit", type=click.IntRange(min=1), help="Stop after so many rows.")
 @click.option("--duration", type=options.duration, help="Stop after so long.")
+@options.log_option("text")
 @options.node_option
 @options.names_options
 @options.capture_options

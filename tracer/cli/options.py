@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from tracer.cli import logs
 from tracer.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -127,6 +128,18 @@ def node_option(command: F) -> F:
     """What the node is called."""
     return click.option("--node", type=node_name, metavar="NAME", default=socket.gethostname, show_default="host name",
                         help="What the cluster calls this node.")(command)  # fmt: skip
+
+
+def log_option(default: str = "auto") -> Callable[[F], F]:
+    """How a command that runs for long says what it says; takes effect at once, the command hears nothing of it."""
+    return click.option("--log-format", type=click.Choice(logs.FORMATS), default=default, show_default=True,
+                        callback=_configure_logs, expose_value=False,
+                        help="Records on stderr: text, json, or auto: json where it is no terminal.")  # fmt: skip
+
+
+def _configure_logs(context: click.Context, _: click.Parameter, form: str) -> None:
+    if not context.resilient_parsing:
+        logs.configure(form)
 
 
 def names_options(command: F) -> F:

@@ -42,7 +42,7 @@ from tracer.kernel.maps import (
     MODE_INTERIM,
     NETWORK,
     OWNER,
-    SOCKET,
+    SOCKET_KEY,
     TRACED_LOOPBACK,
     TRACED_SERVERS,
     TRANSLATION,
@@ -381,11 +381,11 @@ class Capture:
         """
         began = _boot_ns()
         walked = self._walk(MODE_INTERIM)
-        for sockets, connections in libbpf.map_batches(self.maps.connections, SOCKET, CONNECTION):
+        for sockets, connections in libbpf.map_batches(self.maps.connections, SOCKET_KEY, CONNECTION):
             row = connections["row"]
             born = np.maximum(row["ts"], connections["visited"])
             gone = (born < began) & np.isin(row["netns"], list(walked))
-            for key, conn_id in zip(_elements(sockets[gone], SOCKET), row["conn_id"][gone], strict=True):
+            for key, conn_id in zip(_elements(sockets[gone], SOCKET_KEY), row["conn_id"][gone], strict=True):
                 self._forget(key, conn_id)
 
     def _forget(self, key: bytes, conn_id: int) -> None:

@@ -51,6 +51,13 @@ def library() -> ctypes.CDLL:
     raise TracerError("libbpf 0.7 or newer was not found on this machine: install it with 'apt-get install libbpf1'.")
 
 
+def version() -> str:
+    """The library's version, as it says it (v1.1)."""
+    said = library().libbpf_version_string
+    said.restype = ctypes.c_char_p
+    return str(said().decode("ascii", "replace"))
+
+
 class _MapOptions(ctypes.Structure):
     """The beginning of `struct bpf_map_create_opts` (libbpf 0.7 and newer), which goes by its size."""
 

@@ -72,14 +72,14 @@ OWNER = np.dtype(
 #: `struct dial`, of which user space needs the size only.
 DIAL_BYTES = 40
 #: A socket's address, or a thread (pid_tgid).
-SOCKET = np.dtype("<u8")
+SOCKET_KEY = np.dtype("<u8")
 #: The maps that fill with the traffic, which `Sizes` says the room of: keys and values.
 FILLING = {
-    "connections": (SOCKET, CONNECTION),
+    "connections": (SOCKET_KEY, CONNECTION),
     "translations": (TUPLE, TRANSLATION),
     "owners": (TUPLE, OWNER),
-    "listeners": (SOCKET, np.dtype("u1")),
-    "dials": (SOCKET, np.dtype(f"V{DIAL_BYTES}")),
+    "listeners": (SOCKET_KEY, np.dtype("u1")),
+    "dials": (SOCKET_KEY, np.dtype(f"V{DIAL_BYTES}")),
 }
 #: `struct network`: a prefix length in bits, and an IPv6 or v4-mapped address.
 NETWORK = np.dtype([("length", "<u4"), ("address", "V16")])
