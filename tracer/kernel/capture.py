@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tracer.errors import TracerError
 from tracer.kernel import bridges, conntrack, handover, libbpf, mounts, netns, perf, witness
 from tracer.kernel.flows import Flows, are_flows
-from tracer.kernel.ledger import Agreement
+from tracer.kernel.ledger import NOTHING, Agreement
 from tracer.kernel.loader import Job
 from tracer.kernel.maps import (
     CLAIM_DATAGRAM,
@@ -115,7 +115,7 @@ class Capture:
         self._bridges: list[tuple[bridges.Network, int]] = []
         self._cgroups: int | None = None
         self.dumped_s = self.checked_s = 0.0
-        self._ledger: dict[str, int] = {}
+        self._ledger = NOTHING.figures() | {"checks": 0}
         self._paused = 0
         with contextlib.ExitStack() as undo:
             self.maps = Maps.create(options.sizes)
@@ -316,7 +316,7 @@ class Capture:
         began = _boot_ns()
         agreement = witness.check(witness.Scope.of(self.maps.descriptors()), hand_over)
         figures = agreement.figures() | {"checks": 1}
-        self._ledger = {name: self._ledger.get(name, 0) + count for name, count in figures.items()}
+        self._ledger = {name: self._ledger[name] + count for name, count in figures.items()}
         self.checked_s = (_boot_ns() - began) / 1e9
         if agreement.is_wrong:
             _log.error("what is held differs from conntrack's table, which is a defect: see 'vip-tracer check'")

@@ -133,6 +133,8 @@ OUTCOMES = (
     (Account.BACKENDS, How.MISSING),
     (Account.BACKENDS, How.WRONG),
 )
+#: The outcome before the first look.
+NOTHING = Agreement((0, 0, 0), np.empty(0, DISAGREEMENT), 0)
 
 
 def compare(view: View, traced: Traced) -> Look:
