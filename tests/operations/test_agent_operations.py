@@ -71,8 +71,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             api.set(kind, *objects)
         options = ["--kubeconfig", str(api.kubeconfig(where / "kubeconfig")), "--name-wait", "0.1s", "--rotate", "1h"]
         with agent(cluster, where / "data", "--listen", "127.0.0.1:0", *options) as running:
-            assert running.process.stderr is not None
-            lines = iter(lambda: json.loads(running.process.stderr.readline()), None)
+            lines = map(json.loads, running.said.splitlines())
             begun = next(line for line in lines if line["message"].startswith("ready after"))
             made = Watched(running, cluster, begun)
             until(lambda: made.value("naming_state", "current") == 1, "the names")
