@@ -96,7 +96,7 @@ def _listed(kubeconfig: Path | None, timeout: float) -> "Book":
 def _fill(dataset: Path, book: "Book") -> None:
     from tracer.naming.fields import address_bytes
     from tracer.naming.names import Namer
-    from tracer.store import reader
+    from tracer.store import locks, reader
     from tracer.store.fill import Filled, fill
 
     namer = Namer(book)
@@ -105,11 +105,13 @@ def _fill(dataset: Path, book: "Book") -> None:
     def names(records: "np.ndarray", starts: "npt.NDArray[np.int64]") -> "Mapping[str, Coded]":
         return namer.name(records, starts).columns
 
-    files = reader.files(dataset)
-    with click.progressbar(files, label="naming", file=sys.stderr) as progress:
-        for path in progress:
-            if path.exists():  # compacted or expired since it was listed
-                total.add(fill(path, names, address_bytes))
+    reader.files(dataset)  # without any, nothing is made there either
+    with locks.replacing(dataset):
+        files = reader.files(dataset)
+        with click.progressbar(files, label="naming", file=sys.stderr) as progress:
+            for path in progress:
+                if path.exists():  # expired since it was listed
+                    total.add(fill(path, names, address_bytes))
     if not total.rows:
         raise NoDataError(f"{dataset} has no rows to name.")
     click.echo(f"{'COLUMN':<17}{'BEFORE':>12}{'NOW':>12}{'OF ROWS':>12}")

@@ -53,11 +53,12 @@ class Published:
 class _HourFile:
     """An unpublished file of one hour, and the range of its rows' `ts`."""
 
-    def __init__(self, directory: Path, run: Run, number: int) -> None:
+    def __init__(self, root: Path, hour: int, run: Run, number: int) -> None:
         self.number = number
         self.start = self.end = 0
         name = layout.unpublished_name(run.node, run.run_id, number)
-        self.file = UnpublishedFile(directory, name, schema.arrow("connections"))
+        directory = layout.partition(root, "connections", hour)
+        self.file = UnpublishedFile(directory, name, schema.arrow("connections"), root)
 
     def write(self, rows: pa.Table, start: int, end: int) -> None:
         self.start = min(self.start, start) if self.file.rows else start
@@ -165,8 +166,7 @@ class Dataset:
             return
         try:
             if hour not in self._open:
-                directory = layout.partition(self._root, "connections", hour)
-                self._open[hour] = _HourFile(directory, self._run, self._next_number())
+                self._open[hour] = _HourFile(self._root, hour, self._run, self._next_number())
             names = self._names.name(records, starts(records, self._clock)) if self._names else None
             rows = table(records, self._run.node, self._clock, names)
             self._open[hour].write(rows, int(ts.min()), int(ts.max()))
@@ -228,7 +228,7 @@ class Dataset:
             for part in parts:
                 if file is None:
                     name = layout.unpublished_name(self._run.node, self._run.run_id, number)
-                    file = UnpublishedFile(directory, name, part.schema)
+                    file = UnpublishedFile(directory, name, part.schema, self._root)
                 file.write(part)
             if file is not None:
                 name = layout.published_name(self._run.node, start, self._run.run_id, number)

@@ -76,7 +76,7 @@ def _replace(path: Path, tables: list[pa.Table]) -> None:
     hidden = layout.unpublished_name(metadata.get("node", "node"), secrets.token_hex(6), 1)
     file = None
     try:
-        file = UnpublishedFile(path.parent, hidden, tables[0].schema)
+        file = UnpublishedFile(path.parent, hidden, tables[0].schema, layout.root_above(path))
         for table in tables:
             file.write(table)
         file.publish(path.name, metadata)

@@ -3,11 +3,14 @@
 ::
 
     <root>/.lock-<node>                                              held while an agent of that node runs
+    <root>/.compact.lock                                             held while files are replaced by others
+    <root>/.compact/                                                 hours that are being merged, or were
+    <root>/.export/                                                  what was exported, and the exporter's lock
     <root>/<table>/v1/date=YYYY-MM-DD/hour=HH/<node>-<start>-<run>.<n>.parquet
     <root>/<table>/v1/date=YYYY-MM-DD/hour=HH/.<node>-<run>-<n>.tmp  not published yet
 
 `date` and `hour` are those of the rows' ``ts`` in UTC, `start` is the earliest ``ts`` of the file. Names that begin
-with a dot are invisible to readers. Agents of different nodes may share a root.
+with a dot or an underscore are invisible to readers. Agents of different nodes may share a root.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 from pathlib import Path
 
 from tracer.errors import TracerError
@@ -27,7 +31,9 @@ HOUR_NS = 3600 * 10**9
 MAX_NODE = 120
 
 _UNPUBLISHED = re.compile(r"\.(?P<node>.+)-[0-9a-f]+-[0-9]+\.tmp")
-_PUBLISHED = re.compile(r"(?P<node>.+)-(?P<start>[0-9]{8}T[0-9]{6}\.[0-9]{6}Z)-[^-]+\.parquet")
+_PUBLISHED = re.compile(r"(?P<node>.+)-(?P<start>[0-9]{8}T[0-9]{6}\.[0-9]{6}Z)-(?P<run>[^-]+)\.parquet")
+#: What the run in a merged file's name begins with; an agent's is hexadecimal.
+MERGED = "merged"
 
 
 def safe_node(node: str) -> str:
@@ -64,6 +70,11 @@ def partition(root: Path, table: str, hour: int) -> Path:
     return root.joinpath(table, f"v{SCHEMA_VERSION}", *hour_parts(hour))
 
 
+def root_above(path: Path) -> Path:
+    """The root of the dataset that a published file lies in."""
+    return path.parents[4]
+
+
 def published_name(node: str, start_ns: int, run_id: str, number: int) -> str:
     """Name of a published file: node, earliest `ts`, and what makes it unique."""
     return f"{safe_node(node)}-{_utc(start_ns):%Y%m%dT%H%M%S.%f}Z-{run_id}.{number}.parquet"
@@ -74,6 +85,18 @@ def unpublished_name(node: str, run_id: str, number: int) -> str:
     return f".{safe_node(node)}-{run_id}-{number}.tmp"
 
 
+def node_of(name: str) -> str:
+    """The node in a published file's name, as `safe_node` wrote it; empty if the name is not one of ours."""
+    match = _PUBLISHED.fullmatch(name)
+    return match["node"] if match else ""
+
+
+def is_merged(name: str) -> bool:
+    """Whether a published file's name is that of several files merged into one."""
+    match = _PUBLISHED.fullmatch(name)
+    return bool(match and match["run"].startswith(MERGED))
+
+
 def start_of(name: str) -> str:
     """The `start` in a published file's name, sortable; empty if the name is not one of ours."""
     match = _PUBLISHED.fullmatch(name)
@@ -81,7 +104,11 @@ def start_of(name: str) -> str:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and its parents, each of them safe from a power cut. Raises OSError."""
+    """Makes a directory and its parents, each of them safe from a power cut. Raises OSError.
+
+    Where the group may write and hands itself down (set-group-ID), so it may below: the exporter, which is of another
+    user, deletes there.
+    """
     missing = []
     while not path.is_dir():
         missing.append(path)
@@ -89,6 +116,9 @@ def make_directory(path: Path) -> None:
     for directory in reversed(missing):
         with contextlib.suppress(FileExistsError):
             directory.mkdir()
+            mode = directory.parent.stat().st_mode
+            if mode & stat.S_ISGID and mode & stat.S_IWGRP:
+                directory.chmod(stat.S_IMODE(directory.stat().st_mode) | stat.S_IWGRP)
         sync_directory(directory.parent)
 
 

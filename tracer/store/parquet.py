@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracer.schema import DICT
-from tracer.store import layout
+from tracer.store import layout, locks
 
 _log = logging.getLogger(__name__)
 
@@ -40,14 +40,20 @@ def _options(schema: pa.Schema) -> dict[str, object]:
 class UnpublishedFile:
     """A file that nobody sees yet. Every method but `discard` may raise OSError or ArrowException."""
 
-    def __init__(self, directory: Path, name: str, schema: pa.Schema) -> None:
-        layout.make_directory(directory)
+    def __init__(self, directory: Path, name: str, schema: pa.Schema, root: Path) -> None:
+        """`root` is the dataset's: nobody exchanges the directory while a name appears in it."""
         self.rows = self._published_bytes = 0
-        self._path = directory / name
-        # This descriptor is open before anything is written, so its fsync reports every failed write-back.
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._root, self._path = root, directory / name
+        with locks.publishing(root):
+            layout.make_directory(directory)
+            # This descriptor is open before anything is written, so its fsync reports every failed write-back.
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                self._sink = pa.OSFile(str(self._path), "wb")
+            except (OSError, pa.ArrowException):
+                self._unlink()
+                raise
         try:
-            self._sink = pa.OSFile(str(self._path), "wb")
             self._writer = pq.ParquetWriter(self._sink, schema, **_options(schema))
         except (OSError, pa.ArrowException):
             self._unlink()
@@ -71,7 +77,8 @@ class UnpublishedFile:
         os.fsync(self._descriptor)
         self._published_bytes = os.fstat(self._descriptor).st_size
         target = self._path.with_name(name)
-        self._path.rename(target)
+        with locks.publishing(self._root):
+            self._path.rename(target)
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
         try:
