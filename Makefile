@@ -7,7 +7,11 @@ BIN := $(VENV)/bin
 VM_PACKAGES := qemu-system-x86 qemu-system-common busybox-static cpio zstd xz-utils ipvsadm
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
-.PHONY: setup demo test scenarios test-slow fuzz endurance test-kernels test-kernels-short vm-packages lint format docs alerts \
+# A server that speaks Azure's protocol, for the tests of export; from npm, with Debian's node where there is none.
+AZURITE := $(VENV)/azurite
+AZURITE_VERSION := 3.35.0
+
+.PHONY: setup azurite demo test scenarios test-slow fuzz endurance test-kernels test-kernels-short vm-packages lint format docs alerts \
 	bench
 
 # A stamp, so that the packages are looked at once: remove .venv to do it again.
@@ -21,6 +25,15 @@ $(VENV)/.ready: pyproject.toml Makefile
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(PACKAGES); }
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+azurite: $(AZURITE)/.ready-$(AZURITE_VERSION)
+
+$(AZURITE)/.ready-$(AZURITE_VERSION): $(VENV)/.ready
+	@command -v npm >/dev/null || { apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends nodejs npm; }
+	@mkdir -p $(AZURITE)
+	npm install --silent --no-audit --no-fund --no-save --prefix $(AZURITE) azurite@$(AZURITE_VERSION)
 	@touch $@
 
 demo: setup
@@ -94,3 +107,4 @@ bench: setup
 	$(BIN)/python -m tests.bench.node_process
 	$(BIN)/python -m tests.bench.report --files 40
 	$(BIN)/python -m tests.bench.storm
+	$(BIN)/python -m tests.bench.compaction

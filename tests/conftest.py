@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from object_stores import azurite_lacks
 
 from tracer.errors import TracerError
 from tracer.kernel import checks
@@ -56,6 +57,7 @@ CAPABILITIES: dict[str, Callable[[], str]] = {
     "guest": lambda: (
         "" if "vm.run=" in Path("/proc/cmdline").read_text() else "done to a guest only: make test-kernels"
     ),
+    "azurite": azurite_lacks,
     "bcc": lambda: "" if importlib.util.find_spec("bcc") else "python3-bpfcc is not installed",
 }
 

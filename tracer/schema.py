@@ -347,6 +347,12 @@ COVERAGE: tuple[Column, ...] = (
         "server is not heard, the names are the last ones known)",
     ),
     _null("names_age_s", pa.uint32(), "how long before ts the API server was last heard (a gauge)", unit="s"),
+    _count(
+        "lost_expired",
+        "LOST: rows deleted before they were exported, because the disk budget demanded it; in a row of its own, of no "
+        "length, of the hour they were of",
+        "row",
+    ),
     _count("names_malformed", "objects and watch lines of the API server that could not be read", "object"),
     _count("names_forgotten", "names of what is gone, forgotten before their time for want of room", "name"),
 )

@@ -10,7 +10,7 @@ from tracer.analysis.frames import frame
 
 _NS = 10**9
 #: Columns that count rows that are in no file.
-LOSSES = ("lost_ring", "lost_connection_map", "lost_end", "lost_flow_ring", "lost_writer")
+LOSSES = ("lost_ring", "lost_connection_map", "lost_end", "lost_flow_ring", "lost_writer", "lost_expired")
 #: Columns to read.
 COLUMNS = ("node", "started", "ts", "interval_s", "emitted", *LOSSES)
 

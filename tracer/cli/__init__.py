@@ -15,8 +15,10 @@ import click
 from tracer.cli import logs
 from tracer.cli.agent import agent
 from tracer.cli.check import check
+from tracer.cli.compact import compact
 from tracer.cli.demo import demo
 from tracer.cli.doctor import doctor
+from tracer.cli.export import export
 from tracer.cli.name import name
 from tracer.cli.observe import observe
 from tracer.cli.report import report
@@ -75,5 +77,5 @@ def main() -> None:
     logs.configure()
 
 
-for command in (agent, observe, top, report, name, doctor, check, schema, demo):
+for command in (agent, observe, top, report, export, compact, name, doctor, check, schema, demo):
     main.add_command(command)

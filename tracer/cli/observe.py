@@ -90,7 +90,7 @@ def _from_dataset(printer: _Printer, root: Path, follow: bool, seconds: float | 
 
 def _unseen(root: Path, seen: set[Path], patient: bool) -> Iterator[list[Row]]:
     """Rows of the files that are not among `seen`, which grows. Without any file: an error, unless `patient`."""
-    from tracer.store import reader
+    from tracer.store import layout, reader
 
     try:
         files = [path for path in reader.files(root) if path not in seen]
@@ -98,9 +98,11 @@ def _unseen(root: Path, seen: set[Path], patient: bool) -> Iterator[list[Row]]:
         if not patient:
             raise
         files = []
+    began = bool(seen)
     for path in files:
         seen.add(path)
-        if not path.exists():  # compacted or expired since it was listed
+        # What is merged while we follow was shown before it was; and it is gone then, under its own name.
+        if patient and ((began and layout.is_merged(path.name)) or not path.exists()):
             continue
         for batch in reader.batches(path):
             for start in range(0, batch.num_rows, _SLICE):

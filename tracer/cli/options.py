@@ -32,6 +32,15 @@ def duration(text: str) -> float:
     return seconds
 
 
+def age(text: str) -> float:
+    """Seconds, from 30m, 12h or 7d; up to ten years."""
+    match = re.fullmatch(r"([0-9]{1,9})(s|m|h|d)", str(text).strip())
+    seconds = float(match[1]) * (86_400.0 if match[2] == "d" else _UNITS[match[2]]) if match else 0.0
+    if not 1 <= seconds <= 3660 * 86_400:
+        raise click.BadParameter(f"{text!r} is no age: write it as 30m, 12h or 7d; up to ten years.")
+    return seconds
+
+
 def moment(text: str) -> int:
     """Nanoseconds since the epoch, from an ISO 8601 time; without a zone it is UTC."""
     try:

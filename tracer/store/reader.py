@@ -51,10 +51,11 @@ def files(
 
 
 def _remote(root: Remote, table: str) -> Iterator[RemoteFile]:
-    for version in root.listed(table, recursive=False):
-        for path in root.listed(f"{table}/{version.name}", recursive=True):
-            if path.relative_to(root.base / table).match(_BELOW):
-                yield RemoteFile(root.filesystem, path)
+    # All at once: not every store lists directories that are no objects of their own (Google's does not).
+    for path in root.listed(table, recursive=True):
+        below = path.relative_to(root.base / table)
+        if len(below.parts) == 4 and below.match(_BELOW):
+            yield RemoteFile(root.filesystem, path)
 
 
 def batches(path: File, table: str = "connections", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -127,6 +128,10 @@ def _opened(path: File, table: str, wanted: list[pa.Field]) -> Iterator[tuple[pq
                     "later one: move it out of the dataset"
                 )
             yield file, [field.name for field in wanted if field.name in present]
+    except FileNotFoundError as error:
+        raise TracerError(
+            f"{path} is gone since it was listed: its hour was compacted, or it has expired; try again"
+        ) from error
     except (OSError, pa.ArrowException) as error:
         raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
 
@@ -134,8 +139,7 @@ def _opened(path: File, table: str, wanted: list[pa.Field]) -> Iterator[tuple[pq
 def rows(root: Path, table: str = "connections", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """All batches of a table, file by file in the order of `files`, with its errors and those of `batches`."""
     for path in files(root, table):
-        if path.exists():  # it may have been compacted or expired since it was listed
-            yield from batches(path, table, columns)
+        yield from batches(path, table, columns)
 
 
 def metadata(path: File) -> dict[str, str]:

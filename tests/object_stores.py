@@ -1,0 +1,191 @@
+"""Servers that speak S3, Google's and Azure's protocols, and a proxy before them that fails as networks do."""
+
+import contextlib
+import dataclasses
+import http.server
+import random
+import shutil
+import socket
+import subprocess
+import threading
+import types
+import unittest.mock
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pyarrow import fs
+
+from tracer.lab.netns import wait_until
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Where `make azurite` puts it.
+AZURITE = ROOT / ".venv" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
+#: Azurite's own account, which is the same everywhere and no secret.
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+BUCKET = "metrics"
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A server with an empty bucket `BUCKET`; `address` makes the address of a place in it, by way of a port.
+
+    `reads_within`: it serves reads that begin in the middle of an object, by which readers go on after a cut. Google's
+    emulator does not, so that its clients wait.
+    """
+
+    port: int
+    address: Callable[[str, int], str]
+    filesystem: Any
+    reads_within: bool = True
+
+    def place(self, where: str, port: int | None = None) -> str:
+        return self.address(where, port or self.port)
+
+    def files(self, prefix: str) -> dict[str, int]:
+        """Names below a prefix, with sizes."""
+        selector = fs.FileSelector(prefix, recursive=True, allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        return {each.path.removeprefix(f"{prefix}/"): each.size for each in found if each.type == fs.FileType.File}
+
+    def read(self, path: str) -> bytes:
+        with self.filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[Server]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    try:
+        client = fs.S3FileSystem(
+            access_key="key", secret_key="secret-of-mine", endpoint_override=f"http://127.0.0.1:{port}",
+            region="us-east-1", allow_bucket_creation=True,
+        )  # fmt: skip
+        client.create_dir(BUCKET)
+        yield Server(port, _s3_address, client)
+    finally:
+        server.stop()
+
+
+def _s3_address(where: str, port: int) -> str:
+    endpoint = quote(f"http://127.0.0.1:{port}", safe="")
+    return f"s3://key:secret-of-mine@{where}?endpoint_override={endpoint}&region=us-east-1"
+
+
+@contextlib.contextmanager
+def gcs() -> Iterator[Server]:
+    from gcp_storage_emulator import server as emulator
+
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
+    # By itself it serves one connection at a time, and Arrow holds several.
+    threaded = types.SimpleNamespace(HTTPServer=http.server.ThreadingHTTPServer)
+    with unittest.mock.patch.object(emulator, "server", threaded):
+        server.start()
+        wait_until(lambda: server._api._httpd is not None, "the emulator to listen")
+    port = server._api._httpd.server_address[1]
+    try:
+        client, _ = fs.FileSystem.from_uri(_gcs_address(BUCKET, port))
+        yield Server(port, _gcs_address, client, reads_within=False)
+    finally:
+        server.stop()
+
+
+def _gcs_address(where: str, port: int) -> str:
+    endpoint = quote(f"127.0.0.1:{port}", safe="")
+    return f"gs://anonymous@{where}?endpoint_override={endpoint}&scheme=http&retry_limit_seconds=0.5"
+
+
+@contextlib.contextmanager
+def azure(directory: Path) -> Iterator[Server]:
+    port, said = free_port(), directory / "azurite.log"
+    command = [AZURITE, "--skipApiVersionCheck", "--inMemoryPersistence", "--blobHost", "127.0.0.1", "--blobPort",
+               str(port), "--disableProductStyleUrl", "--disableTelemetry"]  # fmt: skip
+    with said.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, cwd=directory) as process:
+        try:
+            wait_until(lambda: "listens" in said.read_text() or process.poll() is not None, "Azurite to listen")
+            own = f"127.0.0.1:{port}"
+            client = fs.AzureFileSystem(
+                AZURE_ACCOUNT, account_key=AZURE_KEY, blob_storage_authority=own, dfs_storage_authority=own,
+                blob_storage_scheme="http", dfs_storage_scheme="http",
+            )  # fmt: skip
+            client.create_dir(BUCKET)
+            yield Server(port, _azure_address, client)
+        finally:
+            process.kill()
+
+
+def _azure_address(where: str, port: int, key: str = AZURE_KEY) -> str:
+    own = f"127.0.0.1:{port}"
+    container, slash, path = where.partition("/")
+    return (
+        f"abfs://{AZURE_ACCOUNT}:{quote(key, safe='')}@{container}{slash}{path}"
+        f"?blob_storage_authority={own}&dfs_storage_authority={own}&enable_tls=false"
+    )
+
+
+def azurite_lacks() -> str:
+    """Why there is no Azurite; empty if there is."""
+    if not shutil.which("node"):
+        return "node is not installed"
+    return "" if AZURITE.exists() else "Azurite is not installed: run `make azurite`"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+class Faults:
+    """A proxy that lets some connections pass, and cuts others after some bytes or answers them with 500."""
+
+    def __init__(self, target: int, share: float, seed: int = 7) -> None:
+        self._target, self._random = target, random.Random(seed)
+        self.share, self.cut, self.refused = share, 0, 0
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> "Faults":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                fault = self._random.random() < self.share
+                kind = self._random.choice(("cut", "refuse")) if fault else "pass"
+                limit = self._random.randrange(1, 20_000) if kind == "cut" else 120_000
+                threading.Thread(target=self._serve, args=(client, kind, limit), daemon=True).start()
+
+    def _serve(self, client: socket.socket, kind: str, limit: int) -> None:
+        with contextlib.suppress(OSError), client:
+            if kind == "refuse":
+                client.recv(65_536)
+                self.refused += 1
+                client.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            with socket.create_connection(("127.0.0.1", self._target)) as server:
+                budget = [limit]
+                other = threading.Thread(target=self._pump, args=(server, client, budget), daemon=True)
+                other.start()
+                self._pump(client, server, budget)
+                other.join()
+            self.cut += budget[0] <= 0
+
+    def _pump(self, source: socket.socket, sink: socket.socket, budget: list[int]) -> None:
+        with contextlib.suppress(OSError):
+            while budget[0] > 0 and (data := source.recv(4096)):
+                budget[0] -= len(data)
+                sink.sendall(data)
+        for each in (source, sink) if budget[0] <= 0 else (sink,):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR if budget[0] <= 0 else socket.SHUT_WR)
