@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tracer.lab.cluster import Cluster
 from tracer.lab.netns import wait_until
 
-#: How long an agent may take to start on a machine that is very busy; a test's own timeout comes first.
+#: How long an agent may take to start or stop on a machine that is very busy; a test's own timeout comes first.
 PATIENCE_S = 300
 
 TABLES = Path("connections"), Path("coverage")
@@ -32,7 +32,7 @@ class Agent:
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(how)
-        assert self.process.wait(60) == 0, self.said
+        assert self.process.wait(PATIENCE_S) == 0, self.said
 
     @property
     def said(self) -> str:
