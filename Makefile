@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What boots other kernels: Debian 12's qemu for its libraries and its virtiofsd (later a package of its own).
 VM_PACKAGES := qemu-system-x86 qemu-system-common busybox-static cpio zstd xz-utils ipvsadm
+# What builds and runs the images, and makes them a base.
+IMAGE_PACKAGES := podman runc mmdebstrap
+VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tracer/version.py)
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
 # A server that speaks Azure's protocol, for the tests of export; from npm, with Debian's node where there is none.
@@ -13,6 +16,7 @@ AZURITE_VERSION := 3.35.0
 
 .PHONY: setup azurite demo test scenarios test-slow fuzz endurance test-kernels test-kernels-short vm-packages lint format docs alerts \
 	bench
+.PHONY: image test-image image-packages
 
 # A stamp, so that the packages are looked at once: remove .venv to do it again.
 setup: $(VENV)/.ready
@@ -40,7 +44,7 @@ demo: setup
 	$(BIN)/vip-tracer demo
 
 test: setup
-	$(BIN)/python -m pytest -q tests --ignore tests/scenarios --ignore tests/slow --ignore tests/vm
+	$(BIN)/python -m pytest -q tests --ignore tests/scenarios --ignore tests/slow --ignore tests/vm --ignore tests/image
 
 # Every way a virtual IP is rewritten and a connection ends: real rules, real traffic, exact rows. Takes its time.
 scenarios: setup
@@ -70,6 +74,19 @@ test-kernels-short: setup vm-packages
 vm-packages:
 	@dpkg -s $(VM_PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(VM_PACKAGES); }
+
+# The images, on Debian's slim one, which is pulled.
+image: image-packages
+	podman build -f deploy/Dockerfile --target node -t vip-tracer:$(VERSION) .
+	podman build -f deploy/Dockerfile --target analysis -t vip-tracer-analysis:$(VERSION) .
+
+# The same on a base made from Debian's archive, and run as the manifests say. Leaves no image behind.
+test-image: setup image-packages
+	$(BIN)/python -m pytest -q tests/image
+
+image-packages:
+	@dpkg -s $(IMAGE_PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(IMAGE_PACKAGES); }
 
 lint: setup
 	$(BIN)/ruff check tracer tests

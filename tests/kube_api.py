@@ -28,8 +28,16 @@ Fault = Callable[["_Handler"], bool]
 class KubeApi:
     """The server; `start` and `stop` it."""
 
-    def __init__(self, token: str | None = None, tls: tuple[Path, Path] | None = None, bookmark_s: float = 0.2) -> None:
+    def __init__(
+        self,
+        token: str | None = None,
+        tls: tuple[Path, Path] | None = None,
+        bookmark_s: float = 0.2,
+        rules: list[Raw] | None = None,
+    ) -> None:
         self.token, self.bookmark_s = token, bookmark_s
+        #: What everybody may do, as the rules of a ClusterRole; None: everything.
+        self.rules = rules
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         #: Faults for the next requests, by kind and verb ("list", "watch").
         self.faults: dict[tuple[str, str], deque[Fault]] = defaultdict(deque)
@@ -163,6 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.api.token and self.headers.get("Authorization") != f"Bearer {self.api.token}":
             self.answer(401, {"kind": "Status", "code": 401})
             return
+        if not self._allowed(url.path, verb):
+            self.answer(403, {"kind": "Status", "code": 403, "reason": "Forbidden"})
+            return
         faults = self.api.faults[kind, verb]
         if faults and not faults.popleft()(self):
             return
@@ -170,6 +181,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._list()
         else:
             self._watch()
+
+    def _allowed(self, path: str, verb: str) -> bool:
+        group = path.split("/")[2] if path.startswith("/apis/") else ""
+        return self.api.rules is None or any(
+            group in rule["apiGroups"] and self.kind in rule["resources"] and verb in rule["verbs"]
+            for rule in self.api.rules
+        )
 
     def answer(self, code: int, body: Any, **headers: str) -> None:
         """A whole answer: JSON, or bytes as they are."""
