@@ -49,7 +49,7 @@ static __always_inline __u64 next_conn_id(void)
 
 	if (!sequence)
 		return 0; /* cannot be: the array has that slot */
-#pragma unroll
+	NO_UNROLL
 	for (int round = 0; round < 4; round++) {
 		before = *(volatile __u64 *)sequence;
 		__sync_fetch_and_add(sequence, 1);
@@ -67,9 +67,9 @@ static __always_inline struct translation *find_translation(struct tuple *key)
 	__u16 zone_found = 0;
 	int matches = 0;
 
-	if (found)
+	if (likely(found))
 		return found;
-#pragma unroll
+	NO_UNROLL
 	for (__u32 i = 0; i < ZONES; i++) {
 		__u32 slot = i, *zone = bpf_map_lookup_elem_(ZONES_SEEN, &slot);
 		struct translation *in_zone;
@@ -102,8 +102,7 @@ static __always_inline struct connection *open_connection(__u64 socket, __u64 co
 
 /* Whether one tuple is open in two namespaces, so that whose the entry is cannot be told: another socket has claimed
  * this translation and is still open, or has done so while this one stood without (`again`). */
-static __always_inline bool claimed_by_another(const struct translation *translation, const struct record *row,
-					       bool again)
+static __always_inline bool claimed_by_another(const struct translation *translation, const struct row *row, bool again)
 {
 	if (!translation->conn_id || translation->conn_id == row->conn_id)
 		return false;
@@ -113,8 +112,7 @@ static __always_inline bool claimed_by_another(const struct translation *transla
 /* Whether a translation is an earlier connection's, and nothing says that this one is its heir. conntrack may take an
  * entry in TIME_WAIT for a new connection without a NEW event; but where the socket's own namespace can redirect what
  * it sends (a sidecar), the connection may never have come out. */
-static __always_inline bool is_left_over(const void *sk, const struct record *row,
-					 const struct translation *translation)
+static __always_inline bool is_left_over(const void *sk, const struct row *row, const struct translation *translation)
 {
 	return translation->conn_id && translation->conn_id != row->conn_id && translation->created < row->started &&
 	       row->netns != NODE_NETNS && is_hooked(sk, &row->tuple);
@@ -139,13 +137,13 @@ static __always_inline bool bridged(const struct tuple *tuple)
 static __always_inline void key_of(const struct connection *connection, struct tuple *key)
 {
 	*key = connection->row.tuple;
-	if (connection->rewritten) {
+	if (connection->row.dialled == DIALLED_ANOTHER) {
 		key->dst = connection->peer;
-		key->dst_port = connection->peer_port;
+		key->dst_port = connection->row.peer_port;
 	}
 }
 
-static __always_inline void not_rewritten(struct record *row)
+static __always_inline void not_rewritten(struct row *row)
 {
 	row->nat = NAT_NONE;
 	row->backend = row->tuple.dst;
@@ -154,7 +152,7 @@ static __always_inline void not_rewritten(struct record *row)
 
 /* Fills an accepted connection's translation. A socket that accepted is where the connection went; whether its client
  * dialled another address is known only where conntrack has an entry for just these two ends. */
-static __always_inline void join_server(struct record *row)
+static __always_inline void join_server(struct row *row)
 {
 	struct tuple key = row->tuple;
 	struct translation *translation = find_translation(&key);
@@ -173,7 +171,7 @@ static __always_inline void join_server(struct record *row)
  * again at each row. */
 static __always_inline void join(const void *sk, struct connection *connection, bool again)
 {
-	struct record *row = &connection->row;
+	struct row *row = &connection->row;
 	struct translation *translation;
 	struct tuple key;
 
@@ -184,7 +182,7 @@ static __always_inline void join(const void *sk, struct connection *connection, 
 	/* What another namespace sends to itself never leaves it; the node's own may carry the same tuple. */
 	if (row->netns != NODE_NETNS &&
 	    (is_loopback(&row->tuple.src) || same_address(&row->tuple.src, &row->tuple.dst))) {
-		if (!connection->undialled && !connection->rewritten && !is_hooked(sk, &row->tuple))
+		if (connection->row.dialled == DIALLED_PEER && !is_hooked(sk, &row->tuple))
 			not_rewritten(row);
 		return;
 	}
@@ -198,20 +196,20 @@ static __always_inline void join(const void *sk, struct connection *connection, 
 	} else if (translation) {
 		translation->conn_id = row->conn_id;
 		translation->socket = (__u64)sk;
-	} else if (bridged(&key) && !connection->undialled && !connection->rewritten && !is_hooked(sk, &key)) {
+	} else if (bridged(&key) && connection->row.dialled == DIALLED_PEER && !is_hooked(sk, &key)) {
 		not_rewritten(row);
 		return;
 	}
-	if (connection->rewritten) {
+	if (connection->row.dialled == DIALLED_ANOTHER) {
 		row->nat = NAT_DNAT;
 		row->nat_source = SOURCE_SOCKET;
 		row->backend = connection->peer;
-		row->backend_port = connection->peer_port;
+		row->backend_port = connection->row.peer_port;
 	}
 	if (!translation)
 		return; /* unknown unless the socket told, and the row says so: no loss */
 	/* What connect() was told may be something else than what conntrack saw. */
-	if (connection->undialled && !(translation->nat & NAT_DNAT))
+	if (connection->row.dialled == DIALLED_UNKNOWN && !(translation->nat & NAT_DNAT))
 		goto out;
 	row->backend = translation->backend;
 	row->backend_port = translation->backend_port;
@@ -219,7 +217,7 @@ static __always_inline void join(const void *sk, struct connection *connection, 
 	row->snat_port = translation->snat_port;
 	row->ct_id = translation->ct_id;
 	row->ct_zone = translation->zone;
-	if (connection->rewritten) {
+	if (connection->row.dialled == DIALLED_ANOTHER) {
 		row->nat |= translation->nat & NAT_SNAT;
 	} else {
 		row->nat = translation->nat;
@@ -243,7 +241,7 @@ static __always_inline void turn(struct tuple *tuple)
 }
 
 /* What is known of a socket when its entry is made. False: it is not traced, by option. */
-static __always_inline bool describe(const void *sk, struct record *row, enum role role)
+static __always_inline bool describe(const void *sk, struct row *row, enum role role)
 {
 	if (!read_tuple(sk, &row->tuple, IPPROTO_TCP))
 		return false;
@@ -258,7 +256,6 @@ static __always_inline bool describe(const void *sk, struct record *row, enum ro
 	if (is_loopback(&row->tuple.dst) && row->netns != NODE_NETNS)
 		return false;
 #endif
-	row->result = RESULT_OPEN;
 	if (is_v4(&row->tuple.dst))
 		row->flags = FLAG_IPV4;
 	return true;
@@ -272,7 +269,9 @@ static __always_inline bool is_entry_of(const void *sk, const struct connection 
 	__u16 port;
 
 	READ(port, sk, OFFSET_sock_common__skc_dport);
-	if (port != (server ? tuple->src_port : connection->rewritten ? connection->peer_port : tuple->dst_port))
+	if (port != (server					  ? tuple->src_port
+		     : connection->row.dialled == DIALLED_ANOTHER ? connection->row.peer_port
+								  : tuple->dst_port))
 		return false;
 	if (!tuple->src_port)
 		return true; /* not known yet */
@@ -280,10 +279,16 @@ static __always_inline bool is_entry_of(const void *sk, const struct connection 
 	return port == (server ? tuple->dst_port : tuple->src_port);
 }
 
+/* What `dialled` is of a connection whose connect() was not seen. */
+static __always_inline __u8 unless_told(void)
+{
+	return control(CONTROL_DIALS) == DIALS_ARE_PEERS ? DIALLED_PEER : DIALLED_UNKNOWN;
+}
+
 /* What connect() was told, where that may be another address than the socket's peer. */
 static __always_inline void learn_dial(struct connection *connection)
 {
-	struct record *row = &connection->row;
+	struct row *row = &connection->row;
 	__u64 thread, dials = control(CONTROL_DIALS);
 	struct dial *dial;
 
@@ -292,21 +297,21 @@ static __always_inline void learn_dial(struct connection *connection)
 	thread = bpf_get_current_pid_tgid();
 	dial = dials == DIALS_SEEN ? bpf_map_lookup_elem_(DIALS, &thread) : NULL;
 	if (!dial) {
-		connection->undialled = 1;
+		connection->row.dialled = DIALLED_UNKNOWN;
 		count(COUNT_UNDIALLED);
 		return;
 	}
 	dial->sent = 1;
 	if (is_any(&dial->dst) || (dial->port == row->tuple.dst_port && same_address(&dial->dst, &row->tuple.dst)))
 		return;
-	connection->rewritten = 1;
+	row->dialled = DIALLED_ANOTHER;
 	connection->peer = row->tuple.dst;
-	connection->peer_port = row->tuple.dst_port;
+	connection->row.peer_port = row->tuple.dst_port;
 	row->tuple.dst = dial->dst;
 	row->tuple.dst_port = dial->port;
 }
 
-static __always_inline void describe_process(struct record *row)
+static __always_inline void describe_process(struct row *row)
 {
 	row->flags |= FLAG_PROCESS;
 	row->pid = bpf_get_current_pid_tgid() >> 32;
@@ -352,12 +357,13 @@ static __always_inline void forget_crowded_out(__u64 *key)
 }
 
 /* CLOSE -> SYN_SENT, in the context of the caller of connect(). */
-static __always_inline void connection_begins(const void *sk)
+static __always_inline void connection_begins(const void *socket)
 {
+	const void *sk = tcp_socket(socket);
 	struct connection connection = {};
-	struct record *row = &connection.row;
+	struct row *row = &connection.row;
 
-	if (!describe(sk, row, ROLE_CLIENT))
+	if (!sk || !describe(sk, row, ROLE_CLIENT))
 		return; /* filtered by option: not offered */
 	if (control(CONTROL_PAUSE)) {
 		count(COUNT_AFTER_PAUSE);
@@ -382,7 +388,7 @@ static __always_inline void connection_begins(const void *sk)
 static __always_inline struct connection *connection_began(const void *sk, __u64 *key)
 {
 	struct connection connection = {};
-	struct record *row = &connection.row;
+	struct row *row = &connection.row;
 	struct translation *translation;
 	bool known = is_crowded_out(key);
 
@@ -391,7 +397,7 @@ static __always_inline struct connection *connection_began(const void *sk, __u64
 	row->ts = bpf_ktime_get_boot_ns();
 	row->flags |= FLAG_OPENED | FLAG_COUNTED;
 	row->conn_id = next_conn_id();
-	connection.undialled = control(CONTROL_DIALS) != DIALS_ARE_PEERS;
+	row->dialled = unless_told();
 	if (!known && !bpf_map_update_elem_(CONNECTIONS, key, &connection, BPF_NOEXIST)) {
 		count(COUNT_LATE_BEGIN);
 		return bpf_map_lookup_elem_(CONNECTIONS, key);
@@ -408,40 +414,14 @@ static __always_inline struct connection *connection_began(const void *sk, __u64
 	return NULL;
 }
 
-/* SYN_SENT -> ESTABLISHED: the source port is known now, and conntrack confirmed the entry before the SYN left. */
-static __always_inline void connection_stands(const void *sk)
-{
-	__u64 key = (__u64)sk;
-	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
-	struct record *row;
-
-	if (!connection)
-		connection = connection_began(sk, &key);
-	if (!connection)
-		return; /* not traced, or counted as lost when it began */
-	row = &connection->row;
-	READ(row->tuple.src_port, sk, OFFSET_inet_sock__inet_sport);
-	row->flags |= FLAG_ESTABLISHED;
-	if (row->started) {
-		row->connect_latency_us = (bpf_ktime_get_boot_ns() - row->started) / 1000;
-		row->flags |= FLAG_LATENCY;
-	}
-	join(sk, connection, false);
-#if !INCLUDE_LOOPBACK
-	if (is_loopback(&row->tuple.dst) && !(row->nat & (NAT_DNAT | NAT_SNAT))) {
-		bpf_map_delete_elem_(CONNECTIONS, &key);
-		count(COUNT_EXCLUDED);
-	}
-#endif
-}
-
 /* SYN_RECV -> ESTABLISHED: a local socket accepts. In the context of the packet, so nobody's process. */
-static __always_inline void connection_accepted(const void *sk)
+static __always_inline void connection_accepted(const void *socket)
 {
+	const void *sk = tcp_socket(socket);
 	struct connection connection = {};
-	struct record *row = &connection.row;
+	struct row *row = &connection.row;
 
-	if (control(CONTROL_PAUSE) || !describe(sk, row, ROLE_SERVER) || excluded_destination(&row->tuple.dst))
+	if (!sk || control(CONTROL_PAUSE) || !describe(sk, row, ROLE_SERVER) || excluded_destination(&row->tuple.dst))
 		return; /* filtered by option: not offered */
 	count(COUNT_ACCEPTED);
 	row->conn_id = next_conn_id();
@@ -452,8 +432,14 @@ static __always_inline void connection_accepted(const void *sk)
 		count(COUNT_LOST_CONNECTION_MAP);
 }
 
+/* Whether it is a loopback connection that nobody rewrote, which are left out by default. */
+static __always_inline bool excluded_loopback(const struct row *row)
+{
+	return !INCLUDE_LOOPBACK && is_loopback(&row->tuple.dst) && !(row->nat & (NAT_DNAT | NAT_SNAT));
+}
+
 /* Whether an option leaves a row out: a role not asked for, or --only-virtual and known to be no virtual address. */
-static __always_inline bool unwanted(const struct record *row)
+static __always_inline bool unwanted(const struct row *row)
 {
 	if (!(ROLES & 1 << row->role))
 		return true;
@@ -461,18 +447,42 @@ static __always_inline bool unwanted(const struct record *row)
 }
 
 /* The source port, of a connection that has not stood so far, or of which that was missed. */
-static __always_inline void learn_port(const void *sk, struct record *row)
+static __always_inline void learn_port(const void *sk, struct row *row)
 {
 	if (!row->tuple.src_port)
 		READ(row->tuple.src_port, sk, OFFSET_inet_sock__inet_sport);
+}
+
+/* What a record has from the row; everything else is the caller's. */
+static __always_inline void write_row(struct record *record, const struct row *row)
+{
+	record->tuple = row->tuple;
+	record->backend = row->backend;
+	record->snat = row->snat;
+	record->conn_id = row->conn_id;
+	record->started = row->started;
+	record->cgroup_id = row->cgroup_id;
+	__builtin_memcpy(record->comm, row->comm, sizeof(record->comm));
+	record->connect_latency_us = row->connect_latency_us;
+	record->pid = row->pid;
+	record->netns = row->netns;
+	record->ct_id = row->ct_id;
+	record->backend_port = row->backend_port;
+	record->snat_port = row->snat_port;
+	record->ct_zone = row->ct_zone;
+	record->flags = row->flags;
+	record->role = row->role;
+	record->nat = row->nat;
+	record->nat_source = row->nat_source;
 }
 
 /* One row: what is known, and what was added since the last one. False if the ring is full; then nothing of the
  * connection has changed and the next row carries it all. */
 static __always_inline bool emit(const void *sk, struct connection *connection, __u64 now, __u16 result, __u8 flags)
 {
-	struct record *row = &connection->row, *record;
-	struct reported totals = {};
+	struct reported totals = {}, *reported = &connection->reported;
+	struct row *row = &connection->row;
+	struct record *record;
 	bool server = row->role == ROLE_SERVER;
 	__u64 sent, received;
 	__u32 rtt, packets_sent, packets_received;
@@ -482,45 +492,56 @@ static __always_inline bool emit(const void *sk, struct connection *connection, 
 		return false;
 	read_totals(sk, &totals);
 	/* What is sent again is counted before it is sent, so a total may fall back: no row holds less than none. */
-	if (totals.bytes_sent < connection->reported.bytes_sent)
-		totals.bytes_sent = connection->reported.bytes_sent;
-	if (totals.bytes_received < connection->reported.bytes_received)
-		totals.bytes_received = connection->reported.bytes_received;
+	if (totals.bytes_sent < reported->bytes_sent)
+		totals.bytes_sent = reported->bytes_sent;
+	if (totals.bytes_received < reported->bytes_received)
+		totals.bytes_received = reported->bytes_received;
 	READ(rtt, sk, OFFSET_tcp_sock__srtt_us);
-	*record = *row;
+	write_row(record, row);
 	record->ts = now;
 	record->duration_ns = now - row->ts;
-	sent = totals.bytes_sent - connection->reported.bytes_sent;
-	received = totals.bytes_received - connection->reported.bytes_received;
-	packets_sent = (__u32)(totals.packets_sent - connection->reported.packets_sent);
-	packets_received = (__u32)(totals.packets_received - connection->reported.packets_received);
+	sent = totals.bytes_sent - reported->bytes_sent;
+	received = totals.bytes_received - reported->bytes_received;
+	packets_sent = (__u32)(totals.packets_sent - reported->packets_sent);
+	packets_received = (__u32)(totals.packets_received - reported->packets_received);
 	/* Sent is from client to server, whoever says so. */
 	record->bytes_sent = server ? received : sent;
 	record->bytes_received = server ? sent : received;
 	record->packets_sent = server ? packets_received : packets_sent;
 	record->packets_received = server ? packets_sent : packets_received;
-	record->retransmits = totals.retransmits - connection->reported.retransmits;
+	record->retransmits = totals.retransmits - reported->retransmits;
 	record->rtt_us = rtt >> 3; /* srtt_us is kept in eighths (tcp_input.c, tcp_rtt_estimator) */
 	record->result = result;
 	record->flags |= flags;
+	record->ct_state = 0;
+	record->ct_status = 0;
+	record->ct_left = 0;
 	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
-	connection->reported = totals;
+	if (flags & FLAG_CLOSED)
+		return true; /* the entry goes now */
+	*reported = totals;
 	row->ts = now;
 	row->flags &= ~(FLAG_OPENED | FLAG_LATENCY);
 	return true;
 }
 
-/* The translation, as late as possible: of a connection that does not stand, conntrack may have made a new entry. */
+/* The translation is asked for as late as possible: of a connection that does not stand, conntrack may have made a new
+ * entry. */
+static __always_inline bool needs_join(const struct row *row)
+{
+	return row->nat == NAT_UNKNOWN || !(row->flags & FLAG_ESTABLISHED);
+}
+
 static __always_inline void join_again(const void *sk, struct connection *connection)
 {
 	learn_port(sk, &connection->row);
-	if (connection->row.nat == NAT_UNKNOWN || !(connection->row.flags & FLAG_ESTABLISHED))
+	if (needs_join(&connection->row))
 		join(sk, connection, true);
 }
 
 /* How a connection ended. sk_err is set before the state changes (tcp_reset, tcp_write_err); it is 0 for a local
  * close and where no source port was left (tcp_v4_connect's failure path), which then is still 0. */
-static __always_inline __u16 how_it_ended(const void *sk, const struct record *row)
+static __always_inline __u16 how_it_ended(const void *sk, const struct row *row)
 {
 	int error;
 
@@ -548,20 +569,9 @@ static __always_inline void let_go(const struct connection *connection)
 /* The last row, and the end of the entry. The socket's counters are still there. */
 static __always_inline void finish(const void *sk, __u64 *key, struct connection *connection)
 {
-	struct record *row = &connection->row;
+	struct row *row = &connection->row;
 
-	if (!is_entry_of(sk, connection)) {
-		count(COUNT_LOST_END);
-		goto out;
-	}
-	join_again(sk, connection);
-#if !INCLUDE_LOOPBACK
-	if (is_loopback(&row->tuple.dst) && !(row->nat & (NAT_DNAT | NAT_SNAT))) {
-		count(COUNT_EXCLUDED);
-		goto out;
-	}
-#endif
-	if (unwanted(row)) {
+	if (excluded_loopback(row) || unwanted(row)) {
 		count(COUNT_EXCLUDED);
 	} else if (emit(sk, connection, bpf_ktime_get_boot_ns(), how_it_ended(sk, row), FLAG_CLOSED)) {
 		count(COUNT_CLOSED);
@@ -570,45 +580,96 @@ static __always_inline void finish(const void *sk, __u64 *key, struct connection
 	} else {
 		count(COUNT_LOST_RING);
 	}
-out:
-	if (connection->keeps)
+	if (connection->row.keeps)
 		let_go(connection);
 	bpf_map_delete_elem_(CONNECTIONS, key);
 }
 
-/* -> CLOSE, in any context. */
-static __always_inline void connection_ends(const void *sk, int old_state)
+/* The entry is of an earlier socket at this address, whose end was missed. */
+static __always_inline void end_was_missed(__u64 *key, const struct connection *connection)
 {
-	__u64 key = (__u64)sk;
-	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	count(COUNT_LOST_END);
+	if (connection->row.keeps)
+		let_go(connection);
+	bpf_map_delete_elem_(CONNECTIONS, key);
+}
 
-	if (!connection && old_state == BPF_TCP_SYN_SENT)
-		connection = connection_began(sk, &key);
-	if (!connection) {
+/* SYN_SENT -> ESTABLISHED: the source port is known now, and conntrack confirmed the entry before the SYN left. And
+ * -> CLOSE, in any context. One function for both, so that the program holds the join once: what it costs is, for the
+ * most part, fetching it into the cache. The type of `socket` becomes known only where it is needed. */
+static __always_inline void connection_moves(const void *socket, int old_state, bool ends)
+{
+	__u64 key = (__u64)socket;
+	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	struct row *row;
+	const void *sk;
+
+	if (!connection && old_state != BPF_TCP_SYN_SENT) {
 		forget_crowded_out(&key);
 		return; /* an accepted socket, not traced, or counted as lost when it began */
 	}
-	/* Said here too: a simultaneous open skips SYN_SENT -> ESTABLISHED. */
-	if (old_state != BPF_TCP_SYN_SENT && old_state != BPF_TCP_SYN_RECV)
-		connection->row.flags |= FLAG_ESTABLISHED;
-	finish(sk, &key, connection);
+	sk = tcp_socket(socket);
+	if (!sk)
+		return; /* no TCP socket: not offered */
+	if (unlikely(!connection))
+		connection = connection_began(sk, &key);
+	if (unlikely(!connection)) {
+		if (ends)
+			forget_crowded_out(&key);
+		return; /* not traced, or counted as lost when it began */
+	}
+	row = &connection->row;
+	if (ends) {
+		if (unlikely(!is_entry_of(sk, connection))) {
+			end_was_missed(&key, connection);
+			return;
+		}
+		learn_port(sk, row);
+		/* Said here too: a simultaneous open skips SYN_SENT -> ESTABLISHED. */
+		if (old_state != BPF_TCP_SYN_SENT && old_state != BPF_TCP_SYN_RECV)
+			row->flags |= FLAG_ESTABLISHED;
+	} else {
+		READ(row->tuple.src_port, sk, OFFSET_inet_sock__inet_sport);
+		row->flags |= FLAG_ESTABLISHED;
+		if (row->started) {
+			row->connect_latency_us = (bpf_ktime_get_boot_ns() - row->started) / 1000;
+			row->flags |= FLAG_LATENCY;
+		}
+	}
+	if (!ends || needs_join(row))
+		join(sk, connection, ends);
+	if (ends) {
+		finish(sk, &key, connection);
+	} else if (excluded_loopback(row)) {
+		bpf_map_delete_elem_(CONNECTIONS, &key);
+		count(COUNT_EXCLUDED);
+	}
 }
 
 /* The socket is freed. Its entry is gone, unless its end was missed (tracer.c). */
-static __always_inline void socket_vanishes(const void *sk)
+static __always_inline void socket_vanishes(const void *socket)
 {
-	__u64 key = (__u64)sk;
+	__u64 key = (__u64)socket;
 	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	const void *sk;
 	__u32 rtt;
 
 	if (!connection) {
 		forget_crowded_out(&key);
 		return; /* as it should be: no loss */
 	}
+	sk = tcp_socket(socket);
+	if (!sk)
+		return; /* no TCP socket: not offered */
 	count(COUNT_LATE_END);
+	if (!is_entry_of(sk, connection)) {
+		end_was_missed(&key, connection);
+		return;
+	}
 	READ(rtt, sk, OFFSET_tcp_sock__srtt_us);
 	if (rtt) /* measured by the handshake at the latest */
 		connection->row.flags |= FLAG_ESTABLISHED;
+	join_again(sk, connection);
 	finish(sk, &key, connection);
 }
 

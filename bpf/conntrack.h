@@ -186,6 +186,7 @@ static __always_inline __u8 nat_of(const struct tuple *tuple, const struct trans
 
 static __always_inline void remember_zone(__u16 zone)
 {
+	NO_UNROLL
 	for (__u32 i = 0; i < ZONES; i++) {
 		__u32 slot = i, *seen = bpf_map_lookup_elem_(ZONES_SEEN, &slot);
 
@@ -237,7 +238,7 @@ static __always_inline void entry_ends(struct __sk_buff *skb, __u32 offset, cons
 	}
 	connection = open_connection(known->socket, known->conn_id);
 	if (connection) {
-		known->ended = connection->keeps = 1;
+		known->ended = connection->row.keeps = 1;
 		count(COUNT_KEPT);
 	} else {
 		bpf_map_delete_elem_(TRANSLATIONS, tuple);

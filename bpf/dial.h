@@ -98,17 +98,16 @@ static __always_inline void dial_failed(const struct dial *dial, int error)
 {
 	const void *sk = (const void *)dial->sk;
 	struct record *record;
-	struct tuple tuple = {};
-	__u32 netns;
+	struct row row = {};
 
-	if (!read_tuple_probed(sk, &tuple, IPPROTO_TCP))
+	if (!read_tuple_probed(sk, &row.tuple, IPPROTO_TCP))
 		return;
-	netns = read_netns_probed(sk);
-	tuple.dst = dial->dst;
-	tuple.dst_port = dial->port;
-	if (!wanted_netns(netns) || excluded_destination(&tuple.dst) || !(ROLES & 1 << ROLE_CLIENT))
+	row.netns = read_netns_probed(sk);
+	row.tuple.dst = dial->dst;
+	row.tuple.dst_port = dial->port;
+	if (!wanted_netns(row.netns) || excluded_destination(&row.tuple.dst) || !(ROLES & 1 << ROLE_CLIENT))
 		return;
-	if (is_loopback(&tuple.dst) && !INCLUDE_LOOPBACK)
+	if (is_loopback(&row.tuple.dst) && !INCLUDE_LOOPBACK)
 		return;
 	if (control(CONTROL_PAUSE)) {
 		count(COUNT_AFTER_PAUSE);
@@ -120,17 +119,16 @@ static __always_inline void dial_failed(const struct dial *dial, int error)
 		count(COUNT_LOST_RING);
 		return;
 	}
+	row.conn_id = next_conn_id();
+	row.started = dial->began;
+	row.role = ROLE_CLIENT;
+	row.flags = FLAG_OPENED | FLAG_CLOSED | FLAG_COUNTED | (is_v4(&row.tuple.dst) ? FLAG_IPV4 : 0);
+	describe_process(&row);
 	__builtin_memset(record, 0, sizeof(*record));
-	record->tuple = tuple;
-	record->conn_id = next_conn_id();
-	record->started = dial->began;
+	write_row(record, &row);
 	record->ts = bpf_ktime_get_boot_ns();
 	record->duration_ns = record->ts - dial->began;
-	record->netns = netns;
-	record->role = ROLE_CLIENT;
 	record->result = error;
-	record->flags = FLAG_OPENED | FLAG_CLOSED | FLAG_COUNTED | (is_v4(&tuple.dst) ? FLAG_IPV4 : 0);
-	describe_process(record);
 	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
 	count(COUNT_CLOSED);
 	count(COUNT_UNRESOLVED);

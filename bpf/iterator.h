@@ -33,7 +33,7 @@ static __always_inline void remember_listener(const void *sk)
 }
 
 /* Accepted or dialled: by conntrack's original direction, else by a listener on the local port. */
-static __always_inline bool was_accepted(const struct record *row)
+static __always_inline bool was_accepted(const struct row *row)
 {
 	__u64 key = listener_key(row->netns, row->tuple.src_port);
 	struct tuple tuple = row->tuple;
@@ -46,7 +46,7 @@ static __always_inline bool was_accepted(const struct record *row)
 static __always_inline void adopt(const void *sk, __u8 state)
 {
 	struct connection connection = {};
-	struct record *row = &connection.row;
+	struct row *row = &connection.row;
 
 	if (!describe(sk, row, ROLE_CLIENT))
 		return; /* filtered by option: not offered */
@@ -56,12 +56,13 @@ static __always_inline void adopt(const void *sk, __u8 state)
 		row->role = ROLE_SERVER;
 		turn(&row->tuple);
 	} else {
-		connection.undialled = control(CONTROL_DIALS) != DIALS_ARE_PEERS;
+		row->dialled = unless_told();
 	}
 	if (excluded_destination(&row->tuple.dst))
 		return;
 	row->conn_id = next_conn_id();
-	row->ts = connection.visited = bpf_ktime_get_boot_ns();
+	row->ts = bpf_ktime_get_boot_ns();
+	row->visited = control(CONTROL_WALK);
 	row->flags |= FLAG_COUNTED;
 	if (state != BPF_TCP_SYN_SENT)
 		row->flags |= FLAG_ESTABLISHED;
@@ -108,7 +109,7 @@ static __always_inline void visit(const void *sk)
 			adopt(sk, state);
 		return; /* otherwise: not traced, or counted as lost when it began */
 	}
-	connection->visited = bpf_ktime_get_boot_ns();
+	connection->row.visited = control(CONTROL_WALK);
 	if (!is_entry_of(sk, connection))
 		return; /* an entry of another socket is counted when this one ends */
 	/* A connect that hangs claims its translation here, so that nobody takes it for another node's. */

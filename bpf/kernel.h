@@ -6,6 +6,12 @@
 
 #include "maps.h"
 
+/* What is unlikely is put at the program's end, so that the usual path is short: its instructions are rarely in the
+ * cache when an event comes. */
+#define likely(condition) __builtin_expect(!!(condition), 1)
+#define unlikely(condition) __builtin_expect(!!(condition), 0)
+#define NO_UNROLL _Pragma("clang loop unroll(disable)")
+
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
@@ -65,6 +71,14 @@ static long (*const probe_read_user)(void *to, __u32 size, const void *from) = (
 /* The same for an object whose type the verifier does not know. What cannot be read is zero. */
 #define PROBE(destination, object, offset) \
 	probe_read_kernel(&(destination), sizeof(destination), (const void *)(object) + (offset))
+
+/* The socket as a tcp_sock, whose fields the verifier then knows; NULL for what only shares the hook: an MPTCP
+ * parent (its counters mean something else; its subflows are TCP), a time-wait or request socket (smaller
+ * structures). */
+static __always_inline const void *tcp_socket(const void *sk)
+{
+	return bpf_skc_to_tcp_sock((void *)sk);
+}
 
 /* For each way of reading:
  * read_tuple: the tuple of a socket as its own side sees it; false if it is of no IP family. An IPv6 socket talking to

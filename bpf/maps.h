@@ -20,35 +20,68 @@ struct reported {
 	__u32 padding;
 };
 
-/* A live connection: the next row as far as it is known, and what was reported before.
- * row.ts is the end of what was reported so far: the beginning of the next row. */
-struct connection {
-	struct record row;
-	struct reported reported;
-	__u64 visited;	     /* CLOCK_BOOTTIME ns: when the iterator last met the socket */
-	struct address peer; /* whom the socket talks to; row.tuple.dst is whom connect() was told, if `rewritten` */
-	__u16 peer_port;
-	__u8 rewritten; /* a balancer at the socket changed the destination */
-	__u8 undialled; /* one may have: what connect() was told is not known */
-	__u8 keeps;	/* conntrack dropped the entry under this connection: the translation is kept for it */
-	__u8 reserved[3];
+/* Whether row.tuple.dst is whom the socket talks to. */
+enum dialled {
+	DIALLED_PEER,	 /* it is */
+	DIALLED_ANOTHER, /* it is whom connect() was told: a balancer at the socket changed the destination */
+	DIALLED_UNKNOWN, /* it is, but a balancer may have changed it: what connect() was told is not known */
 };
 
-/* How conntrack rewrote an original tuple: the reply tuple, read as an answer. */
-struct translation {
-	struct address backend; /* reply source: where the connection really goes */
-	struct address snat;	/* reply destination: as whom it goes there */
+/* The next row of a live connection as far as it is known: the fields of `struct record` that only this can tell, and
+ * what fits into the space that is left behind them.
+ * ts is the end of what was reported so far: the beginning of the next row. */
+struct row {
+	struct tuple tuple;
+	struct address backend;
+	struct address snat;
+	__u64 conn_id;
+	__u64 ts;
+	__u64 started;
+	__u64 cgroup_id;
+	char comm[16];
+	__u32 connect_latency_us;
+	__u32 pid;
+	__u32 netns;
+	__u32 ct_id;
 	__u16 backend_port;
 	__u16 snat_port;
+	__u16 ct_zone;
+	__u8 flags;
+	__u8 role;
+	__u8 nat;
+	__u8 nat_source;
+	__u8 dialled;	 /* enum dialled */
+	__u8 keeps;	 /* conntrack dropped the entry under this connection: the translation is kept for it */
+	__u16 peer_port; /* with connection.peer */
+	__u16 visited;	 /* the number of the iterator's walk that last met the socket (CONTROL_WALK) */
+};
+
+/* A live connection: its next row, and what was reported before. With header and key, an element of the map has 256
+ * bytes: four cache lines, each of which costs as much as all arithmetic if it is not there when an event comes. */
+struct connection {
+	struct row row;
+	struct reported reported;
+	struct address peer; /* whom the socket talks to, if DIALLED_ANOTHER */
+};
+
+_Static_assert(sizeof(struct connection) == 200, "a connection has 200 bytes; tracer/kernel/maps.py says the same");
+
+/* How conntrack rewrote an original tuple: the reply tuple, read as an answer. What the usual end of an entry needs
+ * comes first: behind header and key, it is in the same cache line as the key's end. */
+struct translation {
 	__u32 ct_id;
-	__u64 created; /* CLOCK_BOOTTIME ns: when the entry was inserted here */
-	__u64 conn_id; /* the connection that claimed it last; 0: no socket of this kernel has; or enum claim */
-	__u64 socket;  /* that connection's socket, to ask whether it is still open */
+	__u16 zone;
 	__u8 nat;      /* enum nat */
 	__u8 source;   /* enum nat_source: CONNTRACK or DUMP */
-	__u16 zone;
-	__u8 ended; /* conntrack has dropped the entry: removed by its socket */
+	__u64 conn_id; /* the connection that claimed it last; 0: no socket of this kernel has; or enum claim */
+	__u64 socket;  /* that connection's socket, to ask whether it is still open */
+	__u64 created; /* CLOCK_BOOTTIME ns: when the entry was inserted here */
+	__u8 ended;    /* conntrack has dropped the entry: removed by its socket */
 	__u8 reserved[3];
+	__u16 backend_port;
+	__u16 snat_port;
+	struct address backend; /* reply source: where the connection really goes */
+	struct address snat;	/* reply destination: as whom it goes there */
 };
 
 /* Claims that are no connection's id: those have a run id in their upper bits. */
@@ -148,6 +181,7 @@ struct network {
 enum control {
 	CONTROL_MODE, /* enum mode: what the socket iterator does */
 	CONTROL_PAUSE, /* when the tracer began to stop (CLOCK_BOOTTIME ns), or 0: later connections are counted, not traced */
+	CONTROL_WALK,  /* the number of the socket iterator's walk */
 	CONTROL_DIALS, /* enum dials: whether somebody rewrites destinations at the socket, and whether we see it */
 	/* What was compiled in, for whoever compares the maps with the kernel's tables (tracer/kernel/witness.py): */
 	CONTROL_NODE_NETNS,

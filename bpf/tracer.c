@@ -7,14 +7,6 @@
 #include "dial.h"
 #include "iterator.h"
 
-/* The socket as a tcp_sock, whose fields the verifier then knows; NULL for what only shares the hook: an MPTCP
- * parent (its counters mean something else; its subflows are TCP), a time-wait or request socket (smaller
- * structures). */
-static __always_inline const void *tcp_socket(const void *sk)
-{
-	return bpf_skc_to_tcp_sock((void *)sk);
-}
-
 /* A tracing program that is interrupted on its CPU, by a softirq or (where tracepoints may be preempted) by another
  * task, is not run again inside itself: the kernel skips it and only recursion_misses tells (05b24ff9b2cf, 6.1).
  * With packets steered between CPUs about one state change in 200 is skipped. So whatever one event says can be
@@ -26,23 +18,14 @@ static __always_inline const void *tcp_socket(const void *sk)
  * Why: stable since 4.16, needs no kprobe. Context: SYN_SENT in that of connect()'s caller, the others anywhere. */
 int socket_state(__u64 *ctx)
 {
+	const void *sk = (const void *)ctx[0];
 	int old_state = ctx[1], new_state = ctx[2];
-	const void *sk;
 
-	if (new_state != BPF_TCP_CLOSE && new_state != BPF_TCP_SYN_SENT &&
-	    !(new_state == BPF_TCP_ESTABLISHED &&
-	      (old_state == BPF_TCP_SYN_SENT || (ROLES & 1 << ROLE_SERVER && old_state == BPF_TCP_SYN_RECV))))
-		return 0;
-	sk = tcp_socket((const void *)ctx[0]);
-	if (!sk)
-		return 0;
-	if (new_state == BPF_TCP_CLOSE)
-		connection_ends(sk, old_state);
+	if (new_state == BPF_TCP_CLOSE || (new_state == BPF_TCP_ESTABLISHED && old_state == BPF_TCP_SYN_SENT))
+		connection_moves(sk, old_state, new_state == BPF_TCP_CLOSE);
 	else if (new_state == BPF_TCP_SYN_SENT)
 		connection_begins(sk);
-	else if (old_state == BPF_TCP_SYN_SENT)
-		connection_stands(sk);
-	else
+	else if (ROLES & 1 << ROLE_SERVER && new_state == BPF_TCP_ESTABLISHED && old_state == BPF_TCP_SYN_RECV)
 		connection_accepted(sk);
 	return 0;
 }
@@ -51,10 +34,7 @@ int socket_state(__u64 *ctx)
  * missed, and the reason why no entry leaks; since 4.16. Context: any. */
 int socket_destroyed(__u64 *ctx)
 {
-	const void *sk = tcp_socket((const void *)ctx[0]);
-
-	if (sk)
-		socket_vanishes(sk);
+	socket_vanishes((const void *)ctx[0]);
 	return 0;
 }
 

@@ -36,6 +36,7 @@ STRUCTS: dict[str, tuple[np.dtype, dict[str, str]]] = {
     "record": (RECORD, {}),
     "translation": (maps.TRANSLATION, {}),
     "owner": (maps.OWNER, {}),
+    "row": (maps.ROW, {}),
     "network": (maps.NETWORK, {}),
     "connection": (
         maps.CONNECTION,
@@ -64,7 +65,8 @@ ENUMS: dict[str, tuple[str, dict[str, int]]] = {
     "mode": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("MODE_")}),
     "control": (
         "maps.h",
-        {name: value for name, value in vars(maps).items() if name.startswith("CONTROL_")} | {"CONTROLS": 6},
+        {name: value for name, value in vars(maps).items() if name.startswith("CONTROL_")}
+        | {"CONTROL_CROWDED": maps.CONTROLS - 1, "CONTROLS": maps.CONTROLS},
     ),
     "claim": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("CLAIM_")}),
     "dials": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("DIALS_")}),
@@ -125,7 +127,7 @@ def test_the_compiler_would_have_told(tmp_path: Path) -> None:
     assert said.count("error: static") + said.count("error: _Static") == len(wrong)
 
 
-@pytest.mark.parametrize("dtype", [TUPLE, RECORD, maps.TRANSLATION, maps.CONNECTION, maps.OWNER])
+@pytest.mark.parametrize("dtype", [TUPLE, RECORD, maps.TRANSLATION, maps.CONNECTION, maps.ROW, maps.OWNER])
 def test_no_byte_is_left_undescribed(dtype: np.dtype) -> None:
     assert sum(kind.itemsize for kind, *_ in (dtype.fields or {}).values()) == dtype.itemsize
     assert dtype.itemsize % 8 == 0  # records lie one behind the other in the ring, at multiples of eight

@@ -122,8 +122,8 @@ def test_controls_and_layouts_fit_their_maps() -> None:
         keys, values = libbpf.map_items(maps.translations, TUPLE, TRANSLATION)
         assert (keys.tobytes(), values.tobytes()) == (key.tobytes(), value.tobytes())
         row = np.zeros(1, CONNECTION)
-        row["visited"] = 3
+        row["padding"] = 3
         assert libbpf.map_update(maps.connections, bytes(8), row.tobytes()) == 0
-        assert libbpf.map_items(maps.connections, np.dtype("<u8"), CONNECTION)[1]["visited"].tolist() == [3]
+        assert libbpf.map_items(maps.connections, np.dtype("<u8"), CONNECTION)[1]["padding"].tolist() == [3]
     finally:
         maps.close()

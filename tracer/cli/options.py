@@ -120,7 +120,7 @@ def capture_options(command: F) -> F:
                 "--interval", type=duration, default="60s", show_default=True, help="A row per connection this often."
             ),
             click.option("--max-connections", type=click.IntRange(1, 1 << 24), default=65_536, show_default=True,
-                         help="Room for open connections (336 bytes of kernel memory each)."),
+                         help="Room for open connections (272 bytes of kernel memory each)."),
             click.option("--max-translations", type=click.IntRange(1, 1 << 24), default=131_072, show_default=True,
                          help="Room for conntrack entries (176 bytes of kernel memory each)."),
             click.option("--ring-bytes", type=ring_size, metavar="SIZE", default="2MiB", show_default=True,

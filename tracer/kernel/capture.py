@@ -34,6 +34,7 @@ from tracer.kernel.maps import (
     CONTROL_NODE_NETNS,
     CONTROL_PAUSE,
     CONTROL_TRACED,
+    CONTROL_WALK,
     DIALS_ARE_PEERS,
     DIALS_SEEN,
     DIALS_UNSEEN,
@@ -116,6 +117,7 @@ class Capture:
         self._cgroups: int | None = None
         self.dumped_s = self.checked_s = 0.0
         self._ledger = NOTHING.figures() | {"checks": 0}
+        self._walks = 0
         self._paused = 0
         with contextlib.ExitStack() as undo:
             self.maps = Maps.create(options.sizes)
@@ -347,6 +349,8 @@ class Capture:
 
     def _walk(self, mode: int) -> set[int]:
         """Runs the socket iterator over every network namespace that is visible here; which ones it was."""
+        self._walks += 1
+        self.maps.set_control(CONTROL_WALK, self._walks & 0xFFFF)
         self.maps.set_control(CONTROL_MODE, mode)
         return self._walk_with("socket_iterator")
 
@@ -377,14 +381,15 @@ class Capture:
     def sweep(self) -> None:
         """Removes, and counts as lost, connections whose socket is gone although nobody saw its end.
 
-        Those are entries from before a walk that the walk did not meet, in a namespace that it went through.
+        Those are entries from before a walk that the walk did not meet, in a namespace that it went through. (One that
+        a walk met 65,536 walks ago is left for the next.)
         """
         began = _boot_ns()
         walked = self._walk(MODE_INTERIM)
         for sockets, connections in libbpf.map_batches(self.maps.connections, SOCKET_KEY, CONNECTION):
             row = connections["row"]
-            born = np.maximum(row["ts"], connections["visited"])
-            gone = (born < began) & np.isin(row["netns"], list(walked))
+            met = row["visited"] == self._walks & 0xFFFF
+            gone = ~met & (row["ts"] < began) & np.isin(row["netns"], list(walked))
             for key, conn_id in zip(_elements(sockets[gone], SOCKET_KEY), row["conn_id"][gone], strict=True):
                 self._forget(key, conn_id)
 

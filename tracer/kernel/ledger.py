@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tracer.kernel.maps import DIALLED_ANOTHER, DIALLED_UNKNOWN
 from tracer.kernel.sockets import ESTABLISHED, LISTEN
 from tracer.record import TUPLE, Flag, Nat, NatSource, Role
 
@@ -216,9 +217,9 @@ def _own_view(connections: Array) -> Array:
     """The tuple as the socket itself has it: whom it talks to, `src` its own end."""
     tuples = connections["row"]["tuple"].copy()
     tuples["zone"] = tuples["reserved"] = 0
-    elsewhere = connections["rewritten"] > 0
+    elsewhere = connections["row"]["dialled"] == DIALLED_ANOTHER
     tuples["dst"][elsewhere] = connections["peer"][elsewhere]
-    tuples["dst_port"][elsewhere] = connections["peer_port"][elsewhere]
+    tuples["dst_port"][elsewhere] = connections["row"]["peer_port"][elsewhere]
     servers = connections["row"]["role"] == Role.SERVER
     tuples[servers] = turned(tuples[servers])
     return tuples
@@ -279,7 +280,7 @@ def _backends(view: View) -> tuple[int, Array]:
     connections = view.connections
     row = connections["row"]
     rows = (row["role"] == Role.CLIENT) & (row["flags"] & Flag.ESTABLISHED != 0) & (row["tuple"]["src_port"] != 0)
-    rows &= (row["nat_source"] != NatSource.SOCKET) & (connections["undialled"] == 0)
+    rows &= (row["nat_source"] != NatSource.SOCKET) & (row["dialled"] != DIALLED_UNKNOWN)
     row = row[rows]
     keys = row["tuple"].copy()
     keys["zone"] = row["ct_zone"]

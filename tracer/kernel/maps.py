@@ -12,44 +12,67 @@ import numpy as np
 
 from tracer.errors import TracerError, UsageError
 from tracer.kernel import libbpf
-from tracer.record import RECORD, TUPLE, Counter
+from tracer.record import TUPLE, Counter
+
+#: `struct row`: the fields of a record that are known before its end.
+ROW = np.dtype(
+    [
+        ("tuple", TUPLE),
+        ("backend", "V16"),
+        ("snat", "V16"),
+        ("conn_id", "<u8"),
+        ("ts", "<u8"),
+        ("started", "<u8"),
+        ("cgroup_id", "<u8"),
+        ("comm", "S16"),
+        ("connect_latency_us", "<u4"),
+        ("pid", "<u4"),
+        ("netns", "<u4"),
+        ("ct_id", "<u4"),
+        ("backend_port", ">u2"),
+        ("snat_port", ">u2"),
+        ("ct_zone", "<u2"),
+        ("flags", "u1"),
+        ("role", "u1"),
+        ("nat", "u1"),
+        ("nat_source", "u1"),
+        ("dialled", "u1"),
+        ("keeps", "u1"),
+        ("peer_port", ">u2"),
+        ("visited", "<u2"),
+    ]
+)
 
 #: `struct connection`: the row so far, and what was reported.
 CONNECTION = np.dtype(
     [
-        ("row", RECORD),
+        ("row", ROW),
         ("bytes_sent", "<u8"),
         ("bytes_received", "<u8"),
         ("packets_sent", "<u4"),
         ("packets_received", "<u4"),
         ("retransmits", "<u4"),
         ("padding", "<u4"),
-        ("visited", "<u8"),
         ("peer", "V16"),
-        ("peer_port", ">u2"),
-        ("rewritten", "u1"),
-        ("undialled", "u1"),
-        ("keeps", "u1"),
-        ("reserved", "u1", (3,)),
     ]
 )
 
 #: `struct translation`.
 TRANSLATION = np.dtype(
     [
-        ("backend", "V16"),
-        ("snat", "V16"),
-        ("backend_port", ">u2"),
-        ("snat_port", ">u2"),
         ("ct_id", "<u4"),
-        ("created", "<u8"),
-        ("conn_id", "<u8"),
-        ("socket", "<u8"),
+        ("zone", "<u2"),
         ("nat", "u1"),
         ("source", "u1"),
-        ("zone", "<u2"),
+        ("conn_id", "<u8"),
+        ("socket", "<u8"),
+        ("created", "<u8"),
         ("ended", "u1"),
         ("reserved", "u1", (3,)),
+        ("backend_port", ">u2"),
+        ("snat_port", ">u2"),
+        ("backend", "V16"),
+        ("snat", "V16"),
     ]
 )
 
@@ -86,14 +109,17 @@ NETWORK = np.dtype([("length", "<u4"), ("address", "V16")])
 
 #: `enum claim`: claims on a translation that are no connection's id.
 CLAIM_DATAGRAM, CLAIM_LOST, CLAIM_OVER = 1, 2, 3
+#: `enum dialled`.
+DIALLED_PEER, DIALLED_ANOTHER, DIALLED_UNKNOWN = range(3)
 #: `enum dials`.
 DIALS_ARE_PEERS, DIALS_SEEN, DIALS_UNSEEN = range(3)
 MODE_ADOPT, MODE_INTERIM, MODE_FLUSH = range(3)
-CONTROL_MODE, CONTROL_PAUSE, CONTROL_DIALS, CONTROL_NODE_NETNS, CONTROL_NETNS_FILTER, CONTROL_TRACED = range(6)
+CONTROL_MODE, CONTROL_PAUSE, CONTROL_WALK, CONTROL_DIALS = range(4)
+CONTROL_NODE_NETNS, CONTROL_NETNS_FILTER, CONTROL_TRACED = range(4, 7)
 #: Bits of CONTROL_TRACED.
 TRACED_LOOPBACK, TRACED_SERVERS = 1, 2
 #: With the last, CONTROL_CROWDED, which only the programs use.
-CONTROLS = 7
+CONTROLS = 8
 #: Slots for conntrack zones other than 0.
 ZONES = 8
 
@@ -104,7 +130,7 @@ _ELEMENT, _BUCKET = 48, 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much fits. A connection costs 336 bytes of kernel memory, a translation 176, an owner 160, a record 208."""
+    """How much fits. A connection costs 272 bytes of kernel memory, a translation 176, an owner 160, a record 208."""
 
     connections: int = 65_536
     translations: int = 131_072
