@@ -118,7 +118,11 @@ docs: setup
 	  echo 'metadata: {name: vip-tracer, namespace: vip-tracer, labels: {app.kubernetes.io/name: vip-tracer}}'; \
 	  echo 'spec:'; sed -n '/^groups:/,$$s/^/  /p' deploy/alerts/rules.yaml; } > deploy/alerts/prometheusrule.yaml
 
+# QUICK=1: three minutes, and not worth more than that.
 bench: setup
+	@dpkg -s gcc libc6-dev >/dev/null 2>&1 || { apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends gcc libc6-dev; }
+	$(BIN)/python -m tests.bench.rate $(if $(QUICK),--pairs 2 --seconds 1 --sustained 10)
 	$(BIN)/python -m tests.bench.ring_to_parquet
 	$(BIN)/python -m tests.bench.kernel_cost
 	$(BIN)/python -m tests.bench.node_process

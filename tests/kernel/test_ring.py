@@ -15,6 +15,7 @@ from tracer.record import RECORD
 
 SIZE = 4096
 STEP = RECORD.itemsize + 8
+PAGE = 256  # how much of the data is mapped a second time, behind it; here less than all of it
 
 
 class Producer:
@@ -25,17 +26,19 @@ class Producer:
         self.consumer = np.array([at], np.uint64)
         self.producer = np.array([at], np.uint64)
         # Wherever a consumer looks beyond the producer it finds what seems to be a finished record.
-        self.data = np.frombuffer(np.array([RECORD.itemsize] * (2 * size // 8), np.uint64).tobytes(), np.uint8).copy()
+        self.data = np.frombuffer(
+            np.array([RECORD.itemsize] * ((size + PAGE) // 8), np.uint64).tobytes(), np.uint8
+        ).copy()
         self.numbers = 0
         self.in_ring: list[list[int]] = []  # [number, position, state]: 0 busy, 1 submitted, 2 discarded
 
     def ring(self) -> Ring:
-        return Ring.over(self.consumer, self.producer, self.data, RECORD)
+        return Ring.over(self.consumer, self.producer, self.data, RECORD, PAGE)
 
     def write(self, position: int, content: bytes) -> None:
         for i, byte in enumerate(content):
             self.data[(position + i) % self.size] = byte
-        self.data[self.size :] = self.data[: self.size]
+        self.data[self.size :] = self.data[:PAGE]
 
     def reserve(self, length: int = RECORD.itemsize) -> bool:
         position = int(self.producer[0])

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from tracer import memory
 from tracer.cli.options import capture_from, capture_options, duration, log_option, names_options, node_option, size
 from tracer.cli.signals import hold
 
@@ -35,6 +36,7 @@ from tracer.cli.signals import hold
 def agent(**values: Any) -> None:
     """Trace this node's connections into Parquet files until SIGTERM or Ctrl-C. SIGHUP: publish what there is."""
     hold(signal.SIGHUP)
+    memory.save()
     from tracer.agent import AgentOptions, run
     from tracer.operations.server import parse_address
 

@@ -1,8 +1,9 @@
 """The ring buffer of finished records, mapped into NumPy: a batch is a view, a record costs no Python.
 
 The layout is the kernel's user-space API (kernel/bpf/ringbuf.c): a page with the consumer's position, a page with the
-producer's, then the data, mapped twice in a row so that a record never wraps. Every record has a header of eight
-bytes: the length with two flag bits, and a page offset.
+producer's, then the data, which follows itself so that a record never wraps. Of the second copy one page is mapped, as
+each page of it counts as memory of this process. Every record has a header of eight bytes: the length with two flag
+bits, and a page offset.
 """
 
 import bisect
@@ -56,17 +57,18 @@ class Ring:
         self._size = size
         self._prepare(record)
         self._consumer_map = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
-        self._producer_map = mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+        self._producer_map = mmap.mmap(fd, 2 * page + size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         self._consumer = np.frombuffer(self._consumer_map, np.uint64, 1)
         self._producer = np.frombuffer(self._producer_map, np.uint64, 1)
-        self._data = np.frombuffer(self._producer_map, np.uint8, 2 * size, offset=page)
+        self._data = np.frombuffer(self._producer_map, np.uint8, size + page, offset=page)
+        assert self._step.itemsize <= page, "a record that begins before the end ends within the page behind it"
 
     @classmethod
     def over(cls, consumer: npt.NDArray[np.uint64], producer: npt.NDArray[np.uint64], data: npt.NDArray[np.uint8],
-             record: np.dtype[Any]) -> "Ring":  # fmt: skip
-        """A ring over plain arrays, for tests: `data` holds the data area twice."""
+             record: np.dtype[Any], page: int) -> "Ring":  # fmt: skip
+        """A ring over plain arrays, for tests: `data` holds the data area and, behind it, its first `page` bytes."""
         ring = cls.__new__(cls)
-        ring._size = len(data) // 2
+        ring._size = len(data) - page
         ring._prepare(record)
         ring._consumer, ring._producer, ring._data = consumer, producer, data
         return ring
@@ -90,6 +92,11 @@ class Ring:
         Raises:
             TracerError: the ring holds something else than records of the expected size.
         """
+        records, all_of_it = self._batch()
+        return records if all_of_it else np.concatenate((records, self._batch()[0]), dtype=self._record)
+
+    def _batch(self) -> tuple[npt.NDArray[Any], bool]:
+        """The same, as far as the mapping goes; and whether it ended for another reason than that the mapping did."""
         step = self._step
         consumer = int(self._consumer[0])
         available = int(self._producer[0]) - consumer
@@ -98,7 +105,8 @@ class Ring:
         self.fill_sum += found
         self._fence()
         start = consumer & (self._size - 1)
-        view = self._data[start : start + available // step.itemsize * step.itemsize].view(step)
+        mapped = min(available, len(self._data) - start)
+        view = self._data[start : start + mapped // step.itemsize * step.itemsize].view(step)
         lengths = view["length"].copy()
         busy = np.flatnonzero(lengths & BUSY)
         if len(busy):
@@ -115,7 +123,7 @@ class Ring:
         records: npt.NDArray[Any] = view["record"][kept] if not kept.all() else view["record"].copy()
         self._fence()
         self._consumer[0] = consumer + len(view) * step.itemsize
-        return records
+        return records, mapped == available or len(busy) > 0
 
     def close(self) -> None:
         """Unmaps the ring; it must not be drained afterwards."""

@@ -206,8 +206,11 @@ class Cluster:
         load_balancer: bool = False,
         external_policy: str = "Cluster",
         affinity_seconds: int = 0,
+        served: bool = True,
     ) -> LabService:
         """A further service, on all backends unless some are given; its backends serve on `target_port`.
+
+        Unless it is to be `served`: then what listens there, if anything, is the caller's business.
 
         `external_policy` is "Cluster" or "Local", for what comes in by the node port or the load balancer (whose
         traffic reaches the first node). `affinity_seconds`: so long a client stays with its backend (sessionAffinity:
@@ -217,7 +220,7 @@ class Cluster:
             raise UsageError(f"The lab has a service {name} already: choose another name or use set_backends")
         _choose("external_policy", external_policy, POLICIES)
         chosen = self._checked(range(len(self.servers)) if backends is None else backends)
-        if (protocol, target_port) not in self._ports:
+        if served and (protocol, target_port) not in self._ports:
             for server, pod in zip(self.servers, self.backend_pods, strict=True):
                 server.listen(pod.addresses, target_port, protocol)
             self._ports.add((protocol, target_port))

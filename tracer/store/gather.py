@@ -26,7 +26,6 @@ class Gather:
     def __init__(self, size: int) -> None:
         self._size = size
         self._full: deque[Group] = deque()
-        self._spare: np.ndarray | None = None
         self._filling = np.empty(size, dtype=RECORD)
         self._filled = self._met = 0
 
@@ -45,9 +44,8 @@ class Gather:
         if not self._filled:
             return
         self._full.append(Group(self._filling[: self._filled], now, self._met))
-        # A used buffer is taken again: its pages are already there.
-        self._filling = self._spare if self._spare is not None else np.empty(self._size, dtype=RECORD)
-        self._spare, self._filled, self._met = None, 0, 0
+        self._filling = np.empty(self._size, dtype=RECORD)  # its pages come as it fills
+        self._filled = self._met = 0
 
     @property
     def oldest(self) -> float | None:
@@ -57,11 +55,6 @@ class Gather:
     def take(self) -> np.ndarray:
         """The records of the oldest group, which is then no longer here."""
         return self._full.popleft().records
-
-    def give_back(self, records: np.ndarray) -> None:
-        """A group that was taken is done with."""
-        if len(records) == self._size:
-            self._spare = records
 
     def unmet(self) -> list[np.ndarray]:
         """Copies of the records that came since this was asked last."""

@@ -24,8 +24,8 @@ from tracer.store.names import RowNames
 
 _log = logging.getLogger(__name__)
 
-#: Rows of a row group. Measured at 20,000 rows a second: 92 MB resident, 106 with twice the rows; 0.7 % smaller then.
-GROUP_ROWS = 16_384
+#: Rows of a row group. Twice as many take 3 MB more at the peak, and make files 3 % smaller (decisions/024-memory.md).
+GROUP_ROWS = 8_192
 #: Bound of what waits for the thread, in bytes of raw records: four seconds at 20,000 rows a second.
 PENDING_BYTES = 16 << 20
 #: Share of that bound that may be held back for names; beyond, the oldest goes out as it is.
@@ -211,8 +211,6 @@ class DatasetWriter:
         if group is not None:
             self._dataset.write(group)
             self._account(len(group))
-            with self._changed:
-                self._gather.give_back(group)
         if publish and asked is not None:
             self._dataset.publish(self._totals(), last=asked.closing)
             self._account(0)
