@@ -68,6 +68,8 @@ PROGRAMS = (
     "cgroup/sock_release",
     *CONNECT_PROBE,
 )
+#: How full the ring may be before the walk of the next namespace, whose rows find room up to its half.
+_CROWDED = 0.1
 
 
 @dataclass(frozen=True)
@@ -344,17 +346,18 @@ class Capture:
         """Walks again while rows found no room: each walk that hands over half a ring makes progress."""
         deferred = -1
         while deferred != (deferred := self.maps.counters_now()["deferred"]):
-            self._walk(mode)
+            self._walk(mode, hand_over)
             hand_over()
 
-    def _walk(self, mode: int) -> set[int]:
+    def _walk(self, mode: int, hand_over: Callable[[], object] = lambda: None) -> set[int]:
         """Runs the socket iterator over every network namespace that is visible here; which ones it was."""
         self._walks += 1
         self.maps.set_control(CONTROL_WALK, self._walks & 0xFFFF)
         self.maps.set_control(CONTROL_MODE, mode)
-        return self._walk_with("socket_iterator")
+        return self._walk_with("socket_iterator", hand_over)
 
-    def _walk_with(self, iterator: str) -> set[int]:
+    def _walk_with(self, iterator: str, hand_over: Callable[[], object] = lambda: None) -> set[int]:
+        """`hand_over` makes room after each namespace: of every one the kernel goes through the sockets of all."""
         walked: set[int] = set()
         # Once more, for those whose process ended meanwhile and that another refers to.
         for _ in range(2):
@@ -370,6 +373,8 @@ class Capture:
                     continue
                 _read_to_end(walk)
                 walked.add(inode)
+                if self.fill() > _CROWDED:
+                    hand_over()
             if not unentered:
                 break
         if unentered and not self._unentered:
