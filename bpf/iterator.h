@@ -78,13 +78,10 @@ static __always_inline void adopt(const void *sk, __u8 state)
 		crowd_out(sk);
 }
 
-/* Whether a connection gets a row now. When the tracer stops, each gets just one, however often the walk is
- * repeated. */
+/* Whether a connection gets a row now: just one, however often the walk is repeated. */
 static __always_inline bool due(const struct connection *connection, __u64 mode)
 {
-	if (mode == MODE_INTERIM)
-		return bpf_ktime_get_boot_ns() - connection->row.ts >= INTERVAL_NS;
-	return mode == MODE_FLUSH && connection->row.ts < control(CONTROL_PAUSE);
+	return mode == MODE_REPORT && connection->row.ts <= control(CONTROL_DUE);
 }
 
 /* Interim rows leave half of the ring to closing rows, which cannot wait. */

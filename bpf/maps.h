@@ -182,6 +182,7 @@ enum control {
 	CONTROL_MODE, /* enum mode: what the socket iterator does */
 	CONTROL_PAUSE, /* when the tracer began to stop (CLOCK_BOOTTIME ns), or 0: later connections are counted, not traced */
 	CONTROL_WALK,  /* the number of the socket iterator's walk */
+	CONTROL_DUE,   /* when the intervals began, at the latest, that are over (CLOCK_BOOTTIME ns) */
 	CONTROL_DIALS, /* enum dials: whether somebody rewrites destinations at the socket, and whether we see it */
 	/* What was compiled in, for whoever compares the maps with the kernel's tables (tracer/kernel/witness.py): */
 	CONTROL_NODE_NETNS,
@@ -200,9 +201,8 @@ enum dials {
 	DIALS_UNSEEN,	 /* somebody does, and the connect probe is off */
 };
 enum mode {
-	MODE_ADOPT,   /* take in sockets that are older than the tracer */
-	MODE_INTERIM, /* emit a row for every connection whose interval is over */
-	MODE_FLUSH,   /* emit a row for every open connection that had none since the tracer began to stop */
+	MODE_ADOPT,  /* take in sockets that are older than the tracer */
+	MODE_REPORT, /* emit a row for every connection whose interval began when CONTROL_DUE says, or before */
 };
 
 /* listeners: netns << 16 | port -> u8. Hash. Filled by the iterator in MODE_ADOPT, which walks listening sockets

@@ -19,7 +19,6 @@
 #define NODE_NETNS VALUE(NODE_NETNS_SYMBOL)
 /* Tells this run's connection ids from others': 16 bits. */
 #define RUN_ID VALUE(RUN_ID_SYMBOL)
-#define INTERVAL_NS VALUE(INTERVAL_NS_SYMBOL)
 #define RING_BYTES VALUE(RING_BYTES_SYMBOL)
 
 #endif

@@ -29,6 +29,7 @@ from tracer.kernel.maps import (
     CLAIM_OVER,
     CONNECTION,
     CONTROL_DIALS,
+    CONTROL_DUE,
     CONTROL_MODE,
     CONTROL_NETNS_FILTER,
     CONTROL_NODE_NETNS,
@@ -39,8 +40,7 @@ from tracer.kernel.maps import (
     DIALS_SEEN,
     DIALS_UNSEEN,
     MODE_ADOPT,
-    MODE_FLUSH,
-    MODE_INTERIM,
+    MODE_REPORT,
     NETWORK,
     OWNER,
     SOCKET_KEY,
@@ -176,7 +176,6 @@ class Capture:
             values={
                 "NODE_NETNS": netns.inode(self.options.node_netns),
                 "RUN_ID": self.options.run_id,
-                "INTERVAL_NS": int(self.options.interval_s * 1e9),
                 "RING_BYTES": self.options.sizes.ring_bytes,
             },
             node_netns=self.options.node_netns.replace("thread-self", str(os.getpid())),
@@ -306,7 +305,7 @@ class Capture:
         Args:
             hand_over: drains the ring; called in between, so that all of them fit.
         """
-        self._emit_all(MODE_INTERIM, hand_over)
+        self._emit_all(_boot_ns() - round(self.options.interval_s * 1e9), hand_over)
 
     def check(self, hand_over: Callable[[], object] = lambda: None) -> Agreement:
         """Compares the maps with the kernel's own tables (tracer/kernel/ledger.py), and adds the outcome to `counters`.
@@ -330,7 +329,7 @@ class Capture:
         """The end: no new connection is taken, and every open one gets a row. `hand_over` is as for `interim`."""
         self._paused = _boot_ns()
         self.maps.set_control(CONTROL_PAUSE, self._paused)
-        self._emit_all(MODE_FLUSH, hand_over)
+        self._emit_all(self._paused, hand_over)
         self.sweep()
         self.reconcile(hand_over, stopping=True)
         # Detached before the last drain, so that nothing goes into a ring that nobody empties.
@@ -342,11 +341,16 @@ class Capture:
             time.sleep(0.05)
             hand_over()
 
-    def _emit_all(self, mode: int, hand_over: Callable[[], object]) -> None:
-        """Walks again while rows found no room: each walk that hands over half a ring makes progress."""
+    def _emit_all(self, due: int, hand_over: Callable[[], object]) -> None:
+        """A row of every connection whose interval began at `due` or before, by CLOCK_BOOTTIME.
+
+        Walks again while rows found no room: each walk that hands over half a ring makes progress. What comes due while
+        it walks waits for the next time, or the first connections would take the room of the last for ever.
+        """
+        self.maps.set_control(CONTROL_DUE, due)
         deferred = -1
         while deferred != (deferred := self.maps.counters_now()["deferred"]):
-            self._walk(mode, hand_over)
+            self._walk(MODE_REPORT, hand_over)
             hand_over()
 
     def _walk(self, mode: int, hand_over: Callable[[], object] = lambda: None) -> set[int]:
@@ -390,7 +394,7 @@ class Capture:
         a walk met 65,536 walks ago is left for the next.)
         """
         began = _boot_ns()
-        walked = self._walk(MODE_INTERIM)
+        walked = self._walk(MODE_REPORT)
         for sockets, connections in libbpf.map_batches(self.maps.connections, SOCKET_KEY, CONNECTION):
             row = connections["row"]
             met = row["visited"] == self._walks & 0xFFFF
