@@ -125,6 +125,8 @@ class Images:
         for where in reversed([mount for mount in mounts if Path(mount).is_relative_to(self.directory)]):
             subprocess.run(["umount", where], check=True)
         for made in Path("/sys/fs/cgroup").glob(f"**/{_CGROUP}"):
+            for inside in made.glob("*/"):  # conmon's
+                inside.rmdir()
             made.rmdir()
         shutil.rmtree(self.directory)
 
