@@ -20,8 +20,6 @@ PODS = [(name, owner) for name in EVERYTHING for owner in pods(name)]
 CONTAINERS = [(name, owner, made["name"]) for name, owner in PODS for made in pods(name)[owner]["containers"]]
 #: Variables of the manifests that are no options.
 OTHERS = {"DESTINATION"}
-#: Commands that the manifests are ahead of.
-SOON_COMMANDS = {"export", "compact"}
 
 
 def the(name: str, owner: str, which: str) -> dict[str, Any]:
@@ -77,12 +75,9 @@ def test_every_argument_and_variable_of_a_container_is_an_option(name: str, owne
     command, *arguments = [
         re.sub(r"\$\{([A-Z_]+):\?.*\}", lambda at: f"of {given[at[1]]}", word) for word in call(made)
     ]
-    if command in SOON_COMMANDS - set(main.commands):
-        pytest.skip(f"vip-tracer {command} is not there yet")
     known = options(command)
     every = {variable for each in main.commands for variable in options(each)}
-    ahead = tuple(f"VIP_TRACER_{each.upper()}_" for each in SOON_COMMANDS - set(main.commands))
-    assert {variable for variable in set(given) - every - OTHERS if not variable.startswith(ahead or "-")} == set()
+    assert set(given) - every - OTHERS == set()
     mine = {variable: value for variable, value in given.items() if variable in known}
     # As click reads them, with their types.
     context = click.Context(main.commands[command], info_name=command)
