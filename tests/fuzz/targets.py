@@ -147,7 +147,7 @@ def _ring(data: bytes) -> None:
     consumer, producer = (np.array([position & ~7], np.uint64) for position in struct.unpack("<QQ", head))
     producer[0] = consumer[0] + producer[0] % (size + 8)
     area = np.frombuffer(data[16 : 16 + size].ljust(size, b"\0"), np.uint8)
-    Ring.over(consumer, producer, np.concatenate((area, area)), RECORD).drain()
+    Ring.over(consumer, producer, np.concatenate((area, area)), RECORD, size).drain()
 
 
 def _ring_seeds() -> list[bytes]:

@@ -246,7 +246,8 @@ def test_a_kernel_without_the_ring_buffer_is_refused_in_a_sentence(tmp_path: Pat
     assert "BPF ring buffer" in doctor.stdout
     assert "Run as root on Linux 5.8 or newer" in doctor.stdout
     assert doctor.stderr.startswith("vip-tracer: This node cannot be traced: BPF ring buffer missing")
-    agent = on_older_kernel(Command.MAP_CREATE, "agent", "--output", str(tmp_path / "none"), "--node", "node-1")
+    arguments = ("--output", str(tmp_path / "none"), "--node", "node-1", "--log-format", "text")
+    agent = on_older_kernel(Command.MAP_CREATE, "agent", *arguments)
     assert "This node cannot be traced:\n  BPF ring buffer: Invalid argument when making the BPF map" in agent.stderr
     assert "Run as root on Linux 5.8 or newer (a newer kernel has it)." in agent.stderr
     assert not (tmp_path / "none").exists()
