@@ -21,8 +21,12 @@ from tracer.version import __version__
 GAUGES = ("open_connections", "translations", "directional", "unentered_namespaces", "names_age_s")
 #: Columns that are words.
 WORDS = ("naming",)
+#: Columns that retention fills, in rows of its own (tracer/store/losses.py).
+RETENTION = ("lost_expired",)
 #: Columns that the agent's totals may fill; those it leaves out are null.
-COUNTED = tuple(column.name for column in schema.COVERAGE if column.nullable and column.name not in GAUGES + WORDS)
+COUNTED = tuple(
+    column.name for column in schema.COVERAGE if column.nullable and column.name not in GAUGES + WORDS + RETENTION
+)
 #: Columns that the writer counts itself.
 WRITER = ("emitted", "written", "lost_writer")
 
