@@ -162,7 +162,7 @@ def _known(path: File, table: str) -> pq.FileMetaData:
         footer = pq.read_metadata(given.pop("source"), **given)
     except (OSError, pa.ArrowException) as error:
         raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
-    unknown = set(footer.schema.to_arrow_schema().names) - set(schema.arrow(table).names)
+    unknown = reader.columns_of(footer) - set(schema.arrow(table).names)
     if unknown:
         raise TracerError(
             f"{path} has columns that this version does not know ({', '.join(sorted(unknown)[:5])}); its hour is left "

@@ -24,7 +24,7 @@ from tracer.store.roots import File
 #: Rows, and bytes, that are sorted at once.
 RUN_ROWS, RUN_BYTES = 1 << 15, 32 << 20
 #: Rows of a block, of which one of each run is in memory; and how many runs are merged at once.
-BLOCK_ROWS, FAN_IN = 1 << 11, 32
+BLOCK_ROWS, FAN_IN = 1 << 9, 32
 #: Rows of the merged file's row groups.
 GROUP_ROWS = 1 << 16
 _ORIGINS = "merged_from"
@@ -74,8 +74,9 @@ def merge(
             for field, column in zip(fields, part.columns, strict=True)
         ]
         target.write(pa.Table.from_arrays(coded, schema=fields))
-        ts = _ts(part)
-        first_ns, last_ns = int(ts[0]) if first_ns is None else first_ns, int(ts[-1])
+        first_ns = _ts(part.slice(0, 1)).item() if first_ns is None else first_ns
+        last_ns = _ts(part.slice(len(part) - 1)).item()
+        del part, coded  # before the next ones are gathered
     for path in runs:
         path.unlink()
     return first_ns or 0, last_ns or 0
@@ -165,11 +166,13 @@ def _gathered(parts: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
     for part in parts:
         waiting.append(part)
         count += len(part)
+        del part
         if count >= rows:
-            yield pa.concat_tables(waiting).combine_chunks()
-            waiting, count = [], 0
+            gathered, waiting, count = pa.concat_tables(waiting), [], 0
+            yield gathered
+            del gathered
     if waiting:
-        yield pa.concat_tables(waiting).combine_chunks()
+        yield pa.concat_tables(waiting)
 
 
 def _sorted(table: pa.Table) -> pa.Table:
