@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from command_world import command, environment, run
+from command_world import command, environment
 
 from tracer.lab.netns import wait_until
 from tracer.store.inventory import Inventory
@@ -35,7 +35,9 @@ def kill_often(here: Path, there: Path, kills: int, longest_s: float = 1.5, seed
         for path in set(there.rglob("*.parquet")) - seen:
             pq.read_metadata(path)
             seen.add(path)
-    done = run("export", here, there)
+    done = subprocess.run(
+        command("export", here, there), env=environment(), capture_output=True, text=True, check=False, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return met
 

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import types
 import unittest.mock
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ AZURITE = ROOT / ".venv" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
 #: Azurite's own account, which is the same everywhere and no secret.
 AZURE_ACCOUNT = "devstoreaccount1"
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+#: Another account's, so to say.
+WRONG_KEY = "d3Jvbmc" * 12 + "d3I="
 BUCKET = "metrics"
 
 
@@ -32,6 +35,7 @@ BUCKET = "metrics"
 class Server:
     """A server with an empty bucket `BUCKET`; `address` makes the address of a place in it, by way of a port.
 
+    `refusing` makes the address of a place by which it lets nobody in, for as long as that is entered; None: it cannot.
     `reads_within`: it serves reads that begin in the middle of an object, by which readers go on after a cut. Google's
     emulator does not, so that its clients wait.
     """
@@ -39,6 +43,7 @@ class Server:
     port: int
     address: Callable[[str, int], str]
     filesystem: Any
+    refusing: Callable[[str], contextlib.AbstractContextManager[str]] | None = None
     reads_within: bool = True
 
     def place(self, where: str, port: int | None = None) -> str:
@@ -68,7 +73,7 @@ def s3() -> Iterator[Server]:
             region="us-east-1", allow_bucket_creation=True,
         )  # fmt: skip
         client.create_dir(BUCKET)
-        yield Server(port, _s3_address, client)
+        yield Server(port, _s3_address, client, lambda where: _s3_refusing(where, port))
     finally:
         server.stop()
 
@@ -76,6 +81,22 @@ def s3() -> Iterator[Server]:
 def _s3_address(where: str, port: int) -> str:
     endpoint = quote(f"http://127.0.0.1:{port}", safe="")
     return f"s3://key:secret-of-mine@{where}?endpoint_override={endpoint}&region=us-east-1"
+
+
+@contextlib.contextmanager
+def _s3_refusing(where: str, port: int) -> Iterator[str]:
+    """moto looks at keys when it is told to, and then knows none."""
+
+    def look_after(actions: str) -> None:
+        address = f"http://127.0.0.1:{port}/moto-api/reset-auth"
+        asked = urllib.request.Request(address, actions.encode(), {"Content-Type": "text/plain"}, method="POST")
+        urllib.request.urlopen(asked).close()
+
+    look_after("0")
+    try:
+        yield _s3_address(where, port)
+    finally:
+        look_after("inf")
 
 
 @contextlib.contextmanager
@@ -115,7 +136,12 @@ def azure(directory: Path) -> Iterator[Server]:
                 blob_storage_scheme="http", dfs_storage_scheme="http",
             )  # fmt: skip
             client.create_dir(BUCKET)
-            yield Server(port, _azure_address, client)
+            yield Server(
+                port,
+                _azure_address,
+                client,
+                lambda where: contextlib.nullcontext(_azure_address(where, port, WRONG_KEY)),
+            )
         finally:
             process.kill()
 

@@ -1,11 +1,13 @@
 """Exporting to a directory: once each, whole, whatever happens in between; and what is deleted afterwards."""
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ from store_world import EPOCH
 from tracer import schema
 from tracer.errors import TracerError, UsageError
 from tracer.lab.netns import wait_until
-from tracer.store import layout, ledger, places, reader
+from tracer.store import layout, ledger, losses, places, reader
 from tracer.store.compact import Chosen, compact
 from tracer.store.cron import Schedule
 from tracer.store.export import Exporter, Options, Passed
-from tracer.store.inventory import Inventory
+from tracer.store.inventory import Inventory, entry_of
 from tracer.store.pace import Pace, retried
 from tracer.store.renamed import names
 
@@ -32,11 +34,14 @@ LATER = EPOCH + 30 * 86_400 * 10**9
 
 
 def export(root: Path, to: Path, now_ns: int = LATER, **options: Any) -> Passed:
-    place = places.place_of(str(to))
-    with ledger.opened(root, place.identity) as entries:
-        place.check()
-        made = Exporter(root, place, entries, Options(**options), sleep=lambda seconds: None, wall_ns=lambda: now_ns)
+    with exporter(root, partial(places.reached, str(to)), now_ns, **options) as made:
         return made.run()
+
+
+@contextlib.contextmanager
+def exporter(root: Path, reach: Callable[[], places.Place], now_ns: int = LATER, **options: Any) -> Iterator[Exporter]:
+    with ledger.opened(root, "there") as entries:
+        yield Exporter(root, reach, entries, Options(**options), sleep=lambda seconds: None, wall_ns=lambda: now_ns)
 
 
 def count(root: Path) -> int:
@@ -99,11 +104,8 @@ def test_what_is_not_of_the_dataset_is_left_alone_and_said_once(
     link.symlink_to("/etc/hostname")
     torn = good.with_name(good.name.replace("node-1", "node-2"))
     torn.write_bytes(good.read_bytes()[:-9])
-    with caplog.at_level(logging.WARNING):
-        place = places.place_of(str(there))
-        with ledger.opened(here, place.identity) as entries:
-            exporter = Exporter(here, place, entries, Options(keep_s=1), wall_ns=lambda: LATER)
-            first, second = exporter.run(), exporter.run()
+    with caplog.at_level(logging.WARNING), exporter(here, partial(places.reached, str(there)), keep_s=1) as made:
+        first, second = made.run(), made.run()
     assert (first.exported, first.failed, second.exported, second.failed) == (1, 1, 0, 1)
     assert [sum(f"{path} is" in line for line in caplog.messages) for path in [*strangers, link, torn]] == [1] * 5
     assert all(path.exists() for path in strangers)
@@ -172,9 +174,19 @@ def test_the_budget_takes_the_unexported_last_and_counts_them(tmp_path: Path, ca
     assert (done.files, done.unexported, done.lost_rows) == (2, 2, 7)
     assert "NOT exported, with 7 rows" in caplog.text
     told = [row for path in reader.files(here, "coverage") for row in pq.read_table(path).to_pylist()]
-    assert sorted(row["lost_expired"] for row in told) == [3, 4]
+    assert [row["lost_expired"] for row in told] == [7]
     export(here, there)
-    assert len(reader.files(there, "coverage")) == 2
+    assert sums(there).items() >= sums(here).items()
+
+
+def test_losses_of_an_hour_are_told_in_one_file_and_each_once(tmp_path: Path) -> None:
+    entries = [Inventory(tmp_path).within(path.parent)[0] for path in dataset(tmp_path, rows(3))]
+    entries += [entry_of(path) for path in dataset(tmp_path, rows(3), rows(4), rows(5))[1:]]  # type: ignore[misc]
+    free = lambda path: True  # noqa: E731
+    for entry, may in zip([*entries, entries[0]], [free, free, lambda path: False, free], strict=True):
+        losses.publish(tmp_path, entry, int(entry.path.name.split(".")[-2]) + 3, {}, may)
+    told = [row for path in reader.files(tmp_path, "coverage") for row in pq.read_table(path).to_pylist()]
+    assert sorted(row["lost_expired"] for row in told) == [5, 7]
 
 
 def test_exported_and_then_compacted_there_is_not_put_again(tmp_path: Path) -> None:

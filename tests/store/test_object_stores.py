@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import object_stores
@@ -44,10 +45,9 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def export(root: Path, address: str, waits_s: tuple[float, ...] = (0.0,) * 5) -> Passed:
-    place = places.place_of(address)
-    with ledger.opened(root, place.identity) as entries:
-        place.check()
-        return Exporter(root, place, entries, Options(), waits_s=waits_s, sleep=lambda seconds: None).run()
+    with ledger.opened(root, places.identity_of(address)) as entries:
+        reach = partial(places.reached, address)
+        return Exporter(root, reach, entries, Options(), waits_s=waits_s, sleep=lambda seconds: None).run()
 
 
 def expected(root: Path) -> dict[str, str]:
@@ -111,6 +111,23 @@ def test_a_bucket_that_is_not_there_is_a_sentence(server: Server, tmp_path: Path
         export(tmp_path, server.place("nobucket/x"))
     assert "secret" not in str(caught.value)
     assert object_stores.AZURE_KEY not in str(caught.value)
+
+
+def test_wrong_credentials_are_a_sentence_and_right_ones_go_on(server: Server, tmp_path: Path) -> None:
+    if server.refusing is None:
+        pytest.skip("the emulator of Google's store takes everybody")
+    dataset(tmp_path, rows(1), rows(2))
+    where = f"{BUCKET}/refused"
+    with (
+        server.refusing(where) as place,
+        pytest.raises(TracerError, match="check the address, the credentials") as caught,
+    ):
+        export(tmp_path, place)
+    assert "secret" not in str(caught.value)
+    assert object_stores.WRONG_KEY not in str(caught.value)
+    assert there(server, where) == {}
+    assert export(tmp_path, server.place(where)).exported == 2
+    assert there(server, where) == expected(tmp_path)
 
 
 def test_what_is_exported_can_be_reported_on(server: Server, tmp_path: Path) -> None:

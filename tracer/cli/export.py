@@ -1,5 +1,6 @@
 """``vip-tracer export``: the dataset, elsewhere."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,12 @@ def export(root: Path, destination: str, schedule: str | None, **values: Any) ->
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     times = Schedule(schedule) if schedule else None
-    place = places.place_of(destination)
     chosen = Options(values["names"], values["close_after"], values["keep"], values["disk_budget"])
     stop = rounds.Stop(values["grace"] if times else 0.0)
-    identity = f"{place.identity} {chosen.standard}" if chosen.standard else place.identity
+    identity = " ".join(filter(None, [places.identity_of(destination), chosen.standard]))
     with ledger.opened(root, identity) as entries, rounds.signals(stop):
-        place.check()
-        exporter = Exporter(root, place, entries, chosen, Pace(values["bandwidth"]), stopped=stop)
+        reach = partial(places.reached, destination)
+        exporter = Exporter(root, reach, entries, chosen, Pace(values["bandwidth"]), stopped=stop)
         if times:
             rounds.rounds(exporter, root, times, stop)
         else:

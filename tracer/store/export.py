@@ -16,7 +16,7 @@ from typing import IO
 
 import pyarrow as pa
 
-from tracer.errors import TracerError
+from tracer.errors import TracerError, UsageError
 from tracer.store import layout, ledger, retention
 from tracer.store.inventory import Entry, Inventory, stamp_of
 from tracer.store.pace import WAITS_S, Pace, retried
@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 MARKER = "_SUCCESS-"
 #: Strangers that are named one by one; of more it is only said that there are.
 _NAMED = 20
+#: How long a pass goes on before it is seen again to what must be deleted.
+_LOOK_S = 900.0
 _MAGIC = b"PAR1"
 
 
@@ -55,12 +57,15 @@ class Passed:
 
 
 class Exporter:
-    """Exports one dataset to one place, pass by pass. Within `ledger.opened`."""
+    """Exports one dataset to one place, pass by pass. Within `ledger.opened`.
+
+    `reach` gives the place, checked, or raises TracerError; it is asked in every pass until it does.
+    """
 
     def __init__(
         self,
         root: Path,
-        place: Place,
+        reach: Callable[[], Place],
         entries: ledger.Ledger,
         options: Options,
         pace: Pace | None = None,
@@ -69,33 +74,60 @@ class Exporter:
         waits_s: Sequence[float] = WAITS_S,
         sleep: Callable[[float], object] = time.sleep,
         wall_ns: Callable[[], int] = time.time_ns,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._root, self._place, self._ledger, self._options = root, place, entries, options
+        self._root, self._reach, self._ledger, self._options = root, reach, entries, options
+        self._reached: Place | None = None
         self._pace = pace or Pace()
-        self._stopped, self._waits_s, self._sleep, self._wall_ns = stopped, waits_s, sleep, wall_ns
+        self._stopped, self._waits_s, self._sleep = stopped, waits_s, sleep
+        self._wall_ns, self._monotonic = wall_ns, monotonic
         self._said: set[Path] = set()
         self._scratch = root / ledger.DIRECTORY / "renamed"
 
     def run(self) -> Passed:
-        """One pass over all that is published: puts what is new, then deletes what may go.
+        """One pass over all that is published: puts what is new, and deletes what may go.
 
-        Raises TracerError if the place cannot be reached, or refuses: what was put until then is recorded.
+        What is exported may go before the place is asked for. What is not may for the disk budget's sake alone, and
+        only when the place had its chance: at the end, however that comes, and now and then in a pass that takes long.
+
+        Raises:
+            TracerError: the place cannot be reached, or refuses: what was put until then is recorded.
+            UsageError: there can be no such place; nothing is deleted for it.
         """
         inventory = Inventory(self._root)
         done = Passed()
         try:
             self._say_strangers(inventory)
+            self._expire(inventory, done, unexported=False)
             try:
-                for directory in inventory.directories():
-                    self._hour(inventory, directory, done)
-            finally:
+                self._pass(inventory, done)
+            except UsageError:
+                raise
+            except BaseException:
                 self._expire(inventory, done)
+                raise
+            self._expire(inventory, done)
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             raise TracerError(
                 f"cannot go through {self._root}: {error.strerror or error}{where}; let this process read it"
             ) from error
         return done
+
+    @property
+    def _place(self) -> Place:
+        if self._reached is None:
+            self._reached = self._reach()
+        return self._reached
+
+    def _pass(self, inventory: Inventory, done: Passed) -> None:
+        looked = self._monotonic()
+        _ = self._place
+        for directory in inventory.directories():
+            self._hour(inventory, directory, done)
+            if self._monotonic() - looked >= _LOOK_S:
+                self._expire(inventory, done)
+                looked = self._monotonic()
 
     def _hour(self, inventory: Inventory, directory: Path, done: Passed) -> None:
         name = directory.relative_to(self._root).as_posix()
@@ -192,7 +224,8 @@ class Exporter:
                 self._ledger.record(f"{directory}/{name}", content.digest, content)
                 done.markers += 1
 
-    def _expire(self, inventory: Inventory, done: Passed) -> None:
+    def _expire(self, inventory: Inventory, done: Passed, *, unexported: bool = True) -> None:
+        """Deletes what may go; what is not exported only if `unexported`."""
         if self._options.keep_s is None and self._options.disk_budget is None:
             return
         known: dict[str, dict[str, str]] = {}
@@ -204,9 +237,10 @@ class Exporter:
             return known[directory].get(name) == entry.stamp
 
         entries, options = inventory.entries(), self._options
-        done.expired = retention.expire(
-            self._root, entries, exported, options.keep_s, options.disk_budget, self._wall_ns()
+        expired = retention.expire(
+            self._root, entries, exported, options.keep_s, options.disk_budget, self._wall_ns(), unexported=unexported
         )
+        done.expired.add(expired)
         self._ledger.forget(self._root)
 
     def _say_strangers(self, inventory: Inventory) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from tracer.errors import TracerError, UsageError
 from tracer.store import layout, locks
 from tracer.store.pace import Pace
-from tracer.store.roots import Remote, root_of, scrubbed
+from tracer.store.roots import Remote, identity, root_of, scrubbed
 
 #: Errors of a local disk that trying again does not mend.
 _LASTING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR})
@@ -54,10 +54,6 @@ def content_of(file: IO[bytes] | Any, pace: Pace | None = None) -> Content:
 class Place(Protocol):
     """Names are paths below it with slashes. Methods raise OSError; `lasting` tells which are not worth a retry."""
 
-    @property
-    def identity(self) -> str:
-        """What tells it from every other place."""
-
     def check(self) -> None:
         """Raises TracerError if it is not there, or not to be used."""
 
@@ -83,7 +79,26 @@ def place_of(address: str) -> Place:
     root = root_of(address)
     if not isinstance(root, Remote):
         raise UsageError(f"{root} is a directory: give it as a path")
+    if not root.base.parts:
+        raise UsageError(f"{root} names no bucket: give an address such as s3://bucket/prefix")
     return Store(root)
+
+
+def reached(address: str) -> Place:
+    """The place, of which is known that it can be used, or else that it cannot be told yet.
+
+    Raises TracerError; UsageError if no try will mend it.
+    """
+    place = place_of(address)
+    place.check()
+    return place
+
+
+def identity_of(address: str) -> str:
+    """What tells the place of an address from every other one, before it is reached."""
+    if "://" in address and not address.startswith("file://"):
+        return identity(address)
+    return str(Path(address.removeprefix("file://")).absolute())
 
 
 def _staged(name: str) -> str:
@@ -104,11 +119,6 @@ class Directory:
 
     def __str__(self) -> str:
         return str(self.root)
-
-    @property
-    def identity(self) -> str:
-        """Its absolute path."""
-        return str(self.root.absolute())
 
     def check(self) -> None:
         """Makes it if need be."""
@@ -187,16 +197,9 @@ class Store:
     def __str__(self) -> str:
         return str(self.root)
 
-    @property
-    def identity(self) -> str:
-        """The address, and the server's if it was given."""
-        return self.root.identity
-
     def check(self) -> None:
         """Asks for the bucket."""
-        bucket = self.root.base.parts[0] if self.root.base.parts else ""
-        if not bucket:
-            raise UsageError(f"{self} names no bucket: give an address such as s3://bucket/prefix")
+        bucket = self.root.base.parts[0]
         from pyarrow import fs
 
         try:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +29,13 @@ class Expired:
     unexported: int = 0
     lost_rows: int = 0
 
+    def add(self, more: "Expired") -> None:
+        """Counts what was deleted then, too."""
+        self.files += more.files
+        self.disk += more.disk
+        self.unexported += more.unexported
+        self.lost_rows += more.lost_rows
+
 
 def expire(
     root: Path,
@@ -37,9 +44,11 @@ def expire(
     keep_s: float | None,
     budget: int | None,
     now_ns: int,
+    *,
+    unexported: bool = True,
 ) -> Expired:
     """Deletes files of a dataset whose hour ended longer than `keep_s` ago and that are exported, and then the oldest
-    until the rest takes no more than `budget` bytes of disk: exported ones first."""
+    until the rest takes no more than `budget` bytes of disk: exported ones first, others only if `unexported`."""
     done = Expired()
     left: list[Entry] = []
     known = {entry.path: exported(entry) for entry in entries}
@@ -49,7 +58,8 @@ def expire(
             left.append(entry)
     if budget is not None:
         left = _shrink(left, budget, lambda entry: known[entry.path], done)
-        lost = _shrink(left, budget, _is_no_loss, done, before=lambda entry: _note_loss(root, entry, done))
+    if budget is not None and unexported:
+        lost = _shrink(left, budget, _is_no_loss, done, lambda entry: _note_loss(root, entry, done, known))
         gone = len(left) - len(lost)
         if gone:
             _log.error(
@@ -127,18 +137,17 @@ def rows_of(entry: Entry) -> tuple[int, dict[str, str]]:
     return footer.num_rows, found
 
 
-def _note_loss(root: Path, entry: Entry, done: Expired) -> None:
+def _note_loss(root: Path, entry: Entry, done: Expired, known: Mapping[Path, bool]) -> None:
     """Counts a file that is going to be deleted though nobody has it, in coverage of its hour."""
     done.unexported += 1
     if entry.table != "connections":
         return
     rows, about = rows_of(entry)
     done.lost_rows += rows
-    with contextlib.suppress(FileExistsError):  # noted before, by a process that was ended in between
-        try:
-            losses.publish(root, entry, rows, about)
-        except (OSError, pa.ArrowException, TracerError) as error:
-            _log.error("cannot count %d rows of %s in coverage/: %s", rows, entry.path, error)
+    try:
+        losses.publish(root, entry, rows, about, lambda path: not known.get(path))
+    except (OSError, pa.ArrowException, TracerError) as error:
+        _log.error("cannot count %d rows of %s in coverage/: %s", rows, entry.path, error)
 
 
 def _remove_empty(entries: Sequence[Entry], now_ns: int) -> None:

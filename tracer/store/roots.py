@@ -41,13 +41,12 @@ class RemoteFile:
 class Remote:
     """A dataset's root in a file system of pyarrow's; `uri` is what it was called, without secrets.
 
-    `identity` tells it from the same name on another server; `secrets` are what no message may quote.
+    `secrets` are what no message may quote.
     """
 
     filesystem: Any
     base: PurePosixPath
     uri: str
-    identity: str = ""
     secrets: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     def __str__(self) -> str:
@@ -84,6 +83,7 @@ def root_of(place: str | Path) -> Root:
 
     Raises:
         UsageError: no file system is known for such an address.
+        TracerError: it cannot be reached.
         NoDataError: there is no such local directory.
     """
     if isinstance(place, Path) or "://" not in place:
@@ -97,12 +97,14 @@ def root_of(place: str | Path) -> Root:
         filesystem, base = _azure(place) or fs.FileSystem.from_uri(_bounded(place))
     except (ArrowException, OSError, ValueError) as error:
         why = scrubbed(str(error).replace(_bounded(place), _shown(place)), _secrets(place))
+        if isinstance(error, OSError):  # it asked somebody: Amazon, of which region a bucket is
+            raise TracerError(f"cannot reach {_shown(place)}: {why}; check the network, and the address") from error
         raise UsageError(
             f"{_shown(place)} cannot be opened ({why}): give a directory, or an address such as s3://bucket/prefix"
         ) from error
     if filesystem.type_name == "local":
         return root_of(Path(base))
-    return Remote(filesystem, PurePosixPath(base), _shown(place), _identity(place), _secrets(place))
+    return Remote(filesystem, PurePosixPath(base), _shown(place), _secrets(place))
 
 
 _AUTHORITIES = ("blob_storage_authority", "dfs_storage_authority")
@@ -141,7 +143,8 @@ def _bounded(place: str) -> str:
     return f"{place}{'&' if '?' in place else '?'}retry_limit_seconds={_GS_RETRIES_S}"
 
 
-def _identity(place: str) -> str:
+def identity(place: str) -> str:
+    """What tells an address from the same name on another server: no secret is part of it."""
     where = sorted(pair for pair in parse_qsl(place.partition("?")[2]) if pair[0] in _WHERE)
     return f"{_shown(place)}?{urlencode(where)}" if where else _shown(place)
 

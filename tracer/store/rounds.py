@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from tracer.errors import TracerError
+from tracer.errors import TracerError, UsageError
 from tracer.store import locks
 from tracer.store.cron import Schedule
 from tracer.store.export import Exporter, Passed
@@ -77,13 +77,25 @@ def signals(stop: Stop) -> Iterator[None]:
 
 
 def rounds(exporter: Exporter, root: Path, schedule: Schedule, stop: Stop) -> None:
-    """Passes at once, then whenever the schedule is due, until `stop`; then a last one. Raises TracerError if that one
-    fails, or leaves files."""
+    """Passes at once, then whenever the schedule is due, until `stop`; then a last one.
+
+    A pass that fails is said, once for as long as it is the same failure, and the next one is made when it is due.
+
+    Raises:
+        TracerError: the last one fails, or leaves files.
+        UsageError: there can be no such destination.
+    """
+    said = ""
     while not stop.told.is_set():
         try:
             tell(exporter.run())
+            said = ""
+        except UsageError:
+            raise
         except TracerError as error:
-            _log.error("%s", error)
+            again = str(error) == said
+            _log.log(logging.INFO if again else logging.ERROR, "%s (tried again by the schedule)", error)
+            said = str(error)
         stop.wait(schedule.seconds())
     while locks.is_written(root) and stop.left_s() > stop.grace_s / 2:
         time.sleep(_LOOK_S)
