@@ -133,6 +133,7 @@ def test_the_privileged_container_has_no_credentials_and_the_exporter_no_privile
 def test_every_container_is_bounded(name: str, owner: str, which: str) -> None:
     made, pod = the(name, owner, which), pods(name)[owner]
     assert made["securityContext"]["readOnlyRootFilesystem"]
+    assert pod["enableServiceLinks"] is False
     assert {"memory"} <= set(made["resources"]["limits"])
     assert {"memory", "cpu"} <= set(made["resources"]["requests"])
     assert all("sizeLimit" in volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume)
@@ -150,6 +151,26 @@ def test_the_agent_is_waited_for() -> None:
     listens = variables("daemonset.yaml", agent)["VIP_TRACER_AGENT_LISTEN"]
     for which in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert listens.endswith(f":{ports[agent[which]['httpGet']['port']]}")
+
+
+def test_the_pod_is_given_longer_than_the_exporter_takes_to_end() -> None:
+    (grace,) = (option for option in main.commands["export"].params if option.name == "grace")
+    context = click.Context(main.commands["export"], info_name="export")
+    seconds = grace.type_cast_value(context, grace.get_default(context))
+    assert pods("daemonset.yaml")["vip-tracer"]["terminationGracePeriodSeconds"] > 2 * seconds
+
+
+def test_the_pod_monitor_finds_what_the_daemon_set_offers() -> None:
+    """As the job that the alerts and the dashboard name."""
+    (monitor,) = documents("alerts/podmonitor.yaml")
+    template = one("daemonset.yaml", "DaemonSet")["spec"]["template"]
+    labels, about = template["metadata"]["labels"], template["metadata"]["annotations"]
+    assert monitor["spec"]["selector"]["matchLabels"] == labels
+    assert labels[monitor["spec"]["jobLabel"]] == "vip-tracer"
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    ports = {port["name"]: str(port["containerPort"]) for port in container("daemonset.yaml", "agent")["ports"]}
+    assert ports[endpoint["port"]] == about["prometheus.io/port"]
+    assert endpoint["path"] == about["prometheus.io/path"]
 
 
 def test_the_overlay_changes_the_agents_security_alone() -> None:
