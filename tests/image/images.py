@@ -22,6 +22,8 @@ _HOOKS = "/usr/share/mmdebstrap/hooks/merged-usr"
 _CERTIFICATES = "/run/certificates.pem"
 #: The parent of its containers' cgroups. runc, as crun 1.8 does not take a mixture of cgroup versions.
 _CGROUP = "vip-tracer-image-test"
+#: What podman makes wherever its storage is.
+_FIXED = Path("/dev/shm/libpod_lock"), Path("/var/lib/containers/cache")
 
 
 class Images:
@@ -29,6 +31,7 @@ class Images:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._made = [path for path in _FIXED if not path.exists()]
         self._podman = [
             "podman", "--root", str(directory / "storage"), "--runroot", str(directory / "run"),
             "--tmpdir", str(directory / "tmp"), "--runtime", "runc", "--storage-driver", "overlay",
@@ -37,9 +40,7 @@ class Images:
 
     def __call__(self, *arguments: str | Path, timeout: float = 120) -> str:
         """A podman command's output; AssertionError with what it said if it fails."""
-        done = subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, check=False, timeout=timeout, env=_environment()
-        )
+        done = self._done(self.command(*arguments), timeout)
         assert done.returncode == 0, f"podman {arguments[0]}: {(done.stdout + done.stderr)[-3000:]}"
         return done.stdout
 
@@ -52,9 +53,7 @@ class Images:
         tar = self.directory / "base.tar"
         options = [f"--dpkgopt={option}" for option in _SLIM]
         made = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=usr-is-merged", f"--hook-dir={_HOOKS}"]
-        done = subprocess.run(
-            [*made, *options, "bookworm", tar], capture_output=True, text=True, check=False, timeout=600
-        )
+        done = self._done([*made, *options, "bookworm", str(tar)], 600)
         assert done.returncode == 0, done.stderr[-3000:]
         self("import", tar, BASE, timeout=300)
         tar.unlink()
@@ -129,14 +128,17 @@ class Images:
                 inside.rmdir()
             made.rmdir()
         shutil.rmtree(self.directory)
+        for path in self._made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _done(self, command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+        """Without what systemd or a user's session says of where podman keeps things; with its temporary files here."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "CONTAINER", "STORAGE"))}
+        kept["TMPDIR"] = str(self.directory)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=kept)
 
 
 def _limits() -> list[str]:
     """Below those of this process: to raise them, as podman would, takes a privilege that some machines are without."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return ["--ulimit", f"nofile={files}:{files}", "--ulimit", "nproc=4096:4096"]
-
-
-def _environment() -> dict[str, str]:
-    """Without what systemd or a user's session says of where podman keeps things."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "CONTAINER", "STORAGE"))}
