@@ -266,7 +266,7 @@ def test_more_open_connections_than_the_ring_holds_all_get_their_interim_rows(cl
     long = table[table.bytes_sent == SENDS]
     assert long.conn_id.nunique() == 200
     lives = table[table.conn_id.isin(long.conn_id)]
-    assert lives.groupby("conn_id").size().min() >= 3
+    assert lives.groupby("conn_id").size().min() >= 2  # one while it was open, however slow the machine is
     assert lives.bytes_sent.sum() == 200 * SENDS
     assert report.lost_ring.sum() + (table.groupby("conn_id").closed.sum() == 1).sum() == 100
 

@@ -49,13 +49,17 @@ def fill(running: Agent, where: Path) -> Callable[[], object]:
 def protect(running: Agent, where: Path) -> Callable[[], object]:
     """Makes it read-only, for whoever opens something from now on; returns what ends that."""
 
-    def mount(*what: str) -> None:
+    def mount(*what: str, check: bool = True) -> bool:
         enter = ["nsenter", f"--mount=/proc/{running.process.pid}/ns/mnt"]
-        subprocess.run([*enter, *what, str(running.output)], check=True)
+        return subprocess.run([*enter, *what, str(running.output)], check=check).returncode == 0
 
-    # A second mount of the same over the first: that one cannot change, because the agent's lock is open there.
-    mount("mount", "--bind", str(running.output))
-    mount("mount", "-o", "remount,bind,ro")
+    def protected() -> bool:
+        # A second mount of the same over the first: that one cannot change, because the agent's lock is open there. Nor
+        # can this one if the agent opened a file in between.
+        mount("mount", "--bind", str(running.output))
+        return mount("mount", "-o", "remount,bind,ro", check=False) or not mount("umount", "--lazy")
+
+    until(protected, "a moment in which the agent writes nothing")
     return lambda: mount("umount", "--lazy")
 
 
