@@ -36,7 +36,7 @@ def kill_often(here: Path, there: Path, kills: int, longest_s: float = 1.5, seed
             pq.read_metadata(path)
             seen.add(path)
     done = subprocess.run(
-        command("export", here, there), env=environment(), capture_output=True, text=True, check=False, timeout=600
+        command("export", here, there), env=environment(), capture_output=True, text=True, check=False, timeout=3000
     )
     assert done.returncode == 0, done.stderr
     return met

@@ -9,7 +9,7 @@ from command_world import dataset, rows
 from killing import kill_often, sums
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_ten_thousand_files_and_twenty_kills(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
 
