@@ -63,6 +63,7 @@ class AgentOptions:
     enable_accounting: bool = False
     rotate_s: float = 300
     rotate_bytes: int = 64 << 20
+    disk_budget: int | None = None
     ready_file: Path | None = None
     duration_s: float | None = None
     listen: tuple[str, int] | None = None
@@ -250,6 +251,7 @@ def run(options: AgentOptions) -> None:
             rotate_s=options.rotate_s,
             rotate_bytes=options.rotate_bytes,
             names=names,
+            disk_budget=options.disk_budget,
         )
         try:
             if listener is not None:

@@ -101,3 +101,22 @@ def test_tracing_goes_on_and_what_finds_no_place_is_counted(
     assert len(table) == report.written.sum() > 100
     # Nothing of the time between is missing in the account.
     assert list(report.started[1:]) == list(report.ts[:-1])
+
+
+def test_a_disk_budget_is_kept_and_what_it_cost_is_counted(cluster: Cluster, tmp_path: Path) -> None:
+    output, dialled = tmp_path / "data", 0
+    with agent(cluster, output, "--rotate", "200ms", "--disk-budget", "400KiB") as running:
+
+        def deleted() -> bool:
+            nonlocal dialled
+            dialled += len(cluster.clients[0].connect_many(300, cluster.vip(), SENDS, RECEIVES))
+            return "--disk-budget" in running.said
+
+        until(deleted, "the oldest files to go")
+        cluster.settle()
+        running.stop()
+    gone = int(coverage(output).lost_expired.sum())
+    assert gone > 0
+    assert len(rows(output)) + gone == dialled
+    assert losses(output) == gone
+    assert sum(path.stat().st_blocks * 512 for path in output.rglob("*.parquet")) <= 400 << 10

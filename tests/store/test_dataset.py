@@ -1,5 +1,6 @@
 """Files are whole, within their hour, and every row is accounted for."""
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
@@ -8,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from store_world import EPOCH, RUN, Clocks
+from store_world import EPOCH, RUN, Clocks, coverage_rows
 
 from tracer import schema
 from tracer.clock import WallClock
 from tracer.store import dataset as module
+from tracer.store.coverage import Run
 from tracer.store.dataset import Dataset
 
 Make = Callable[..., np.ndarray]
@@ -33,6 +35,35 @@ def test_nothing_is_visible_before_publication(tmp_path, dataset, records, visib
     assert conn_ids(tmp_path) == list(range(1, 101))
     assert (dataset.unpublished, dataset.written, dataset.lost) == (0, 100, 0)
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_disk_budget_is_kept_by_this_nodes_oldest_files_and_their_rows_are_counted(
+    tmp_path, wall, clocks, records, visible, conn_ids, caplog
+) -> None:
+    def of(run: Run, budget: int | None) -> Dataset:
+        return Dataset(
+            tmp_path, run, wall, monotonic=clocks.monotonic, wall_ns=clocks.wall_ns, disk_budget=budget
+        )  # fmt: skip
+
+    another = of(dataclasses.replace(RUN, node="node-2"), None)
+    another.write(records(100, first=90_001))
+    another.publish({})
+    budget = 400_000
+    made = of(RUN, budget)
+    for number in range(10):
+        clocks.seconds += 10
+        made.write(records(2000, first=1 + 2000 * number, at_s=clocks.seconds))
+        made.publish({}, last=number == 9)
+    mine = list(tmp_path.rglob("node-1-*.parquet"))
+    told = sum(row["lost_expired"] or 0 for row in coverage_rows(tmp_path))
+    assert sum(path.stat().st_blocks * 512 for path in mine) <= budget
+    assert (made.written, made.lost) == (20_000, 0)
+    assert 0 < told < 20_000
+    kept = conn_ids(tmp_path)
+    assert len(kept) + told == 20_000 + 100
+    assert set(range(18_001, 20_001)) <= set(kept)
+    assert set(range(90_001, 90_101)) <= set(kept)
+    assert "--disk-budget" in caplog.text
 
 
 def test_a_published_file_is_whole(tmp_path, dataset, records, visible) -> None:

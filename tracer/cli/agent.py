@@ -18,6 +18,12 @@ from tracer.cli.signals import hold
 @node_option
 @click.option("--rotate", type=duration, default="5m", show_default=True, help="Publish a file at least this often.")
 @click.option("--rotate-bytes", type=size, default="64MiB", show_default=True, help="Publish a file of this size.")
+@click.option(
+    "--disk-budget",
+    type=size,
+    help="Delete this node's oldest files, exported or not, beyond so many bytes; counted in coverage/. For a node "
+    "without an exporter, which has an option of that name. Default: none.",
+)
 @click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Write this file once tracing.")
 @click.option(
     "--listen",
@@ -51,6 +57,7 @@ def agent(**values: Any) -> None:
             name_wait_s=values["name_wait"],
             rotate_s=values["rotate"],
             rotate_bytes=values["rotate_bytes"],
+            disk_budget=values["disk_budget"],
             ready_file=values["ready_file"],
             duration_s=values["duration"],
             listen=parse_address(values["listen"]) if values["listen"] is not None else None,

@@ -19,8 +19,10 @@ from tracer.clock import WallClock
 from tracer.store import endpoints, layout
 from tracer.store.columns import starts, table
 from tracer.store.coverage import CoverageLog, Run
+from tracer.store.inventory import Inventory
 from tracer.store.names import RowNames
 from tracer.store.parquet import UnpublishedFile
+from tracer.store.retention import expire
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +82,12 @@ class Dataset:
         monotonic: Callable[[], float] = time.monotonic,
         wall_ns: Callable[[], int] = time.time_ns,
         names: RowNames | None = None,
+        disk_budget: int | None = None,
     ) -> None:
-        """`names` names the rows, and makes the endpoints table; without, there are none of either."""
+        """`names` names the rows, and makes the endpoints table; without, there are none of either.
+
+        `disk_budget` is how many bytes of disk this node's published files may take; None: any.
+        """
         self.written = self.lost = self.unpublished = 0
         self._root, self._run, self._clock = root, run, clock
         self._rotate_s, self._rotate_bytes = rotate_s, rotate_bytes
@@ -93,7 +99,7 @@ class Dataset:
         self._retry_at = 0.0
         self._lost_when_it_failed = 0
         self._coverage = CoverageLog(run, wall_ns())
-        self._names = names
+        self._names, self._disk_budget = names, disk_budget
         self._endpoints_until = wall_ns()
 
     @property
@@ -134,10 +140,21 @@ class Dataset:
         if self._names is not None:
             whole &= self._publish_endpoints(self._names, totals, last)
         whole &= self._publish_coverage(totals, last)
+        if self._disk_budget is not None:
+            self._keep_within(self._disk_budget)
         if whole and self._published.error:
             lost = self.lost - self._lost_when_it_failed
             _log.warning("writing to %s works again; %d rows were lost meanwhile, see coverage/", self._root, lost)
         self._took(began, whole)
+
+    def _keep_within(self, budget: int) -> None:
+        """Deletes this node's oldest files, however full the disk is, and counts their rows as lost_expired."""
+        node = layout.safe_node(self._run.node)
+        try:
+            mine = [entry for entry in Inventory(self._root).entries() if entry.node == node]
+            expire(self._root, mine, lambda entry: False, None, budget, self._wall_ns())
+        except OSError as error:
+            _log.error("cannot keep %s within its disk budget: %s; make the directory readable", self._root, error)
 
     def _took(self, began: float, whole: bool) -> None:
         before, now = self._published, self._monotonic()

@@ -48,7 +48,10 @@ def expire(
     unexported: bool = True,
 ) -> Expired:
     """Deletes files of a dataset whose hour ended longer than `keep_s` ago and that are exported, and then the oldest
-    until the rest takes no more than `budget` bytes of disk: exported ones first, others only if `unexported`."""
+    until the rest takes no more than `budget` bytes of disk: exported ones first, others only if `unexported`.
+
+    An agent, which knows of no export, has nothing exported.
+    """
     done = Expired()
     left: list[Entry] = []
     known = {entry.path: exported(entry) for entry in entries}
@@ -70,19 +73,6 @@ def expire(
             )  # fmt: skip
     _remove_empty(entries, now_ns)
     return done
-
-
-def shrink(entries: Sequence[Entry], budget: int) -> tuple[int, int]:
-    """Deletes the oldest files until the rest takes no more than `budget` bytes; returns how many, and how many rows of
-    connections they had. For the agent, which knows nothing of any export."""
-    done, rows = Expired(), 0
-
-    def count(entry: Entry) -> None:
-        nonlocal rows
-        rows += rows_of(entry)[0] if entry.table == "connections" else 0
-
-    _shrink(sorted(entries), budget, lambda entry: True, done, before=count)
-    return done.files, rows
 
 
 def _shrink(

@@ -91,6 +91,7 @@ class DatasetWriter:
         monotonic: Callable[[], float] = time.monotonic,
         wall_ns: Callable[[], int] = time.time_ns,
         names: RowNames | None = None,
+        disk_budget: int | None = None,
     ) -> None:
         """Locks the directory and removes this node's unpublished files. Raises TracerError if it cannot."""
         self.pending_rows = max(1, pending_bytes // RECORD.itemsize)
@@ -112,6 +113,7 @@ class DatasetWriter:
             monotonic=monotonic,
             wall_ns=wall_ns,
             names=names,
+            disk_budget=disk_budget,
         )
         self._changed = threading.Condition()
         # Everything below is guarded by `_changed`; the dataset belongs to the thread alone.
