@@ -7,8 +7,10 @@ import functools
 import importlib.util
 import os
 import shutil
+import signal
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def lacking(capability: str) -> str:
     """Why this machine lacks a capability; empty if it has it."""
     return CAPABILITIES[capability]()
+
+
+def _shut_out() -> set[str]:
+    return {name for name, module in sys.modules.items() if module is None}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A command that runs in this process holds signals and shuts modules out; what follows must not inherit that."""
+    mask, shut_out = signal.pthread_sigmask(signal.SIG_BLOCK, ()), _shut_out()
+    try:
+        return (yield)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for name in _shut_out() - shut_out:
+            del sys.modules[name]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
