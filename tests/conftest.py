@@ -82,6 +82,13 @@ def _shut_out() -> set[str]:
     return {name for name, module in sys.modules.items() if module is None}
 
 
+def pytest_sessionstart() -> None:
+    """A shell without job control starts what is to run behind it (`&`) deaf to SIGINT, and so what that starts."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A command that runs in this process holds signals and shuts modules out; what follows must not inherit that."""

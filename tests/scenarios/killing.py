@@ -85,10 +85,19 @@ def while_it_starts(run: Run, chance: random.Random) -> None:
 
 
 def while_it_writes(run: Run, chance: random.Random) -> None:
-    """There is a file that is not published yet."""
+    """There is a file that is not published yet. It may be one for milliseconds, so the agent is held there."""
     run.wait_until_ready()
-    until(lambda: unpublished(run.output), "an unpublished file")
-    time.sleep(chance.uniform(0, 0.05))
+    end = time.monotonic() + 30
+    while True:
+        assert run.process.poll() is None, run.said.read_text()
+        assert time.monotonic() < end, "waited 30 s for an unpublished file"
+        if not unpublished(run.output):
+            continue
+        run.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, run.process.pid, os.WSTOPPED)  # all of its threads
+        if unpublished(run.output):
+            return
+        run.process.send_signal(signal.SIGCONT)
 
 
 def while_it_publishes(run: Run, chance: random.Random) -> None:
