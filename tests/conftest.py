@@ -47,6 +47,25 @@ def _command(name: str) -> Callable[[], str]:
     return lambda: "" if shutil.which(name) else f"{name} is not installed"
 
 
+def _cgroup2() -> str:
+    mounts = (line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines())
+    trees = [where for _, where, kind, *_ in mounts if kind == "cgroup2"]
+    return "" if trees and os.access(trees[0], os.W_OK) else "no cgroup v2 tree that can be written is mounted"
+
+
+def _bridge_netfilter() -> str:
+    with Namespace("probe") as probe:
+        there = probe.call(lambda: Path("/proc/sys/net/bridge").is_dir())
+    return "" if there else "the kernel has no bridge netfilter"
+
+
+def _memory_cgroup() -> str:
+    there = Path("/sys/fs/cgroup/memory").is_dir()  # v1
+    controllers = Path("/sys/fs/cgroup/cgroup.controllers")  # v2
+    there = there or (controllers.exists() and "memory" in controllers.read_text().split())
+    return "" if there else "no memory cgroup is mounted at /sys/fs/cgroup"
+
+
 CAPABILITIES: dict[str, Callable[[], str]] = {
     "bpf": _bpf,
     "netns": _netns,
@@ -59,6 +78,9 @@ CAPABILITIES: dict[str, Callable[[], str]] = {
     "guest": lambda: (
         "" if "vm.run=" in Path("/proc/cmdline").read_text() else "done to a guest only: make test-kernels"
     ),
+    "bridge-netfilter": _bridge_netfilter,
+    "cgroup2": _cgroup2,
+    "memory-cgroup": _memory_cgroup,
     "azurite": azurite_lacks,
     "bcc": lambda: "" if importlib.util.find_spec("bcc") else "python3-bpfcc is not installed",
 }
@@ -101,15 +123,25 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             del sys.modules[name]
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def _require(capability: str) -> None:
+    reason = lacking(capability)
     required = set(filter(None, os.environ.get("VIP_TRACER_REQUIRE", "").split(",")))
     assert required <= set(CAPABILITIES), (
         f"VIP_TRACER_REQUIRE names unknown capabilities: {required - set(CAPABILITIES)}"
     )
+    if reason and capability in required:
+        pytest.fail(f"{capability} is required here: {reason}", pytrace=False)
+    if reason:
+        pytest.skip(f"{capability}: {reason}")
+
+
+@pytest.fixture
+def need() -> Callable[[str], None]:
+    """`needs` for fixtures: skips or fails the test that asks for one."""
+    return _require
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
         for capability in mark.args:
-            reason = lacking(capability)
-            if reason and capability in required:
-                pytest.fail(f"{capability} is required here: {reason}", pytrace=False)
-            if reason:
-                pytest.skip(f"{capability}: {reason}")
+            _require(capability)

@@ -13,8 +13,10 @@ from tracer.analysis import cause
 from tracer.analysis import verdict as verdicts
 from tracer.analysis.causes.situation import MEASURES, Situation
 
-from . import agents, cases
+from . import agents, cases, rounded
 from .counted import all_of, of_tables
+
+ROUNDING = "rounding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +48,14 @@ def said_of(situation: Situation) -> verdicts.Verdict:
 
 def judge(case: cases.Case) -> Judged:
     """What is said of one case."""
-    situation = of_tables(case.tables, "shop/web")
+    return judge_counts(of_tables(case.tables, "shop/web"), case.truth, case.variant, case.strength)
+
+
+def judge_counts(situation: Situation, truth: str, variant: str, strength: str) -> Judged:
+    """What is said of a situation whose cause is known."""
     said, found = cause.explained(situation, said_of(situation))
     first = found[0].name if found else cases.UNEXPLAINED
-    return Judged(case.truth, case.variant, case.strength, said.word, first)
+    return Judged(truth, variant, strength, said.word, first)
 
 
 def troubled(seeds: Iterable[int], strengths: Iterable[str]) -> list[Judged]:
@@ -58,6 +64,10 @@ def troubled(seeds: Iterable[int], strengths: Iterable[str]) -> list[Judged]:
         judge(cases.troubled(build, truth, strength, seed))
         for truth, builds in cases.CAUSES.items()
         for build in builds
+        for strength in strengths
+        for seed in seeds
+    ] + [
+        judge_counts(rounded.five_decimals(seed, strength), ROUNDING, "five_decimals", strength)
         for strength in strengths
         for seed in seeds
     ]

@@ -9,8 +9,16 @@ from tracer.analysis.partial import SUMS, Partial
 
 def situation(cells: list[dict[str, object]], n_backends: int = 3, **more: object) -> Situation:
     """A situation of the given cells; what a cell leaves out is nothing."""
-    rows = [dict.fromkeys((*KEYS, *COUNTS), 0) | {"direct": False, "socket": False} | cell for cell in cells]
-    columns = {name: np.array([row[name] for row in rows], dtype=np.int64) for name in (*KEYS, *COUNTS)}
+    rows = [dict.fromkeys((*KEYS, *COUNTS), 0) | cell for cell in cells]
+    return situation_of(
+        n_backends, more, **{name: np.array([row[name] for row in rows], dtype=np.int64) for name in (*KEYS, *COUNTS)}
+    )
+
+
+def situation_of(n_backends: int, more: dict[str, object] | None = None, **given: np.ndarray) -> Situation:
+    """A situation of the given columns; those that are left out are nothing. `more`: other fields of `Situation`."""
+    nothing = np.zeros_like(given["backend"])
+    columns = {name: given.get(name, nothing) for name in (*KEYS, *COUNTS)}
     n_clients, n_nodes = int(columns["client"].max()) + 1, int(columns["node"].max()) + 1
     known = pd.DataFrame({
         "ip": [f"10.0.0.{i}" for i in range(n_backends)],
@@ -20,10 +28,10 @@ def situation(cells: list[dict[str, object]], n_backends: int = 3, **more: objec
         "node": [f"node-{i}" for i in range(n_backends)],
         "zone": None,
     })  # fmt: skip
-    given = {"service": "shop/web:80/tcp", "protocol": "tcp", "bin_s": 60.0, "range_s": 600.0, "cells": columns,
-             "clients": [f"client-{i}" for i in range(n_clients)], "nodes": [f"node-{i}" for i in range(n_nodes)],
+    fields = {"service": "shop/web:80/tcp", "protocol": "tcp", "bin_s": 60.0, "range_s": 600.0, "cells": columns,
+              "clients": [f"client-{i}" for i in range(n_clients)], "nodes": [f"node-{i}" for i in range(n_nodes)],
              "node_zones": [None] * n_nodes, "backends": known}  # fmt: skip
-    return Situation(**(given | more))  # type: ignore[arg-type]
+    return Situation(**(fields | (more or {})))  # type: ignore[arg-type]
 
 
 def as_dict(part: Partial) -> dict[tuple[object, ...], dict[str, int]]:

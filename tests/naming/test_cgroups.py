@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -76,21 +76,19 @@ def test_any_path_is_read_without_an_error(path: str) -> None:
     assert found is None or len(found.uid) in (32, 36)
 
 
-def _cgroup2() -> Path | None:
+def _cgroup2() -> Path:
     for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
         _, where, kind, *_ = line.split()
         if kind == "cgroup2":
             return Path(where)
-    return None
+    raise AssertionError("no cgroup v2 tree, which `need` should have found out")
 
 
 @pytest.fixture
-def tree() -> Iterator[Path]:
+def tree(need: Callable[[str], None]) -> Iterator[Path]:
     """A cgroup of our own at the top of the machine's v2 tree; gone afterwards with all that is below it."""
-    root = _cgroup2()
-    if root is None or not os.access(root, os.W_OK):
-        pytest.skip("no cgroup v2 tree that can be written")
-    top = root / f"vip-tracer-test-{os.getpid()}"
+    need("cgroup2")
+    top = _cgroup2() / f"vip-tracer-test-{os.getpid()}"
     top.mkdir()
     yield top
     for below in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):

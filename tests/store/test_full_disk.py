@@ -100,3 +100,30 @@ out["ids"] = published_ids(root)
     assert out["start"].startswith(f"cannot write to {tmp_path}: Read-only file system; choose")
     assert out["ids"] == [*range(1, 11), 18, 19]
     assert "Read-only file system" in out["said"][0][1]
+
+
+def test_a_file_that_was_open_when_the_disk_became_read_only_goes_when_it_can(tmp_path: Path) -> None:
+    out = in_namespace(
+        """
+mount("-t", "tmpfs", "none")
+clocks = Clocks()
+data = Dataset(root, RUN, WallClock(0, EPOCH), monotonic=clocks.monotonic, wall_ns=clocks.wall_ns)
+data.write(make_records(7))
+mount("--bind", str(root))  # what is open stays writable, no name can be changed
+mount("-o", "remount,bind,ro")
+data.publish({})
+out["meanwhile"] = len(list(root.rglob(".*.tmp")))
+subprocess.run(["umount", str(root)], check=True)
+clocks.seconds = 300
+data.write(make_records(2, first=8))
+data.publish({})
+out["counts"] = [data.written, data.lost, data.unpublished]
+out["hidden"] = [str(path) for path in root.rglob(".*.tmp")]
+out["ids"] = published_ids(root)
+""",
+        tmp_path,
+    )
+    assert out["meanwhile"] == 1
+    assert out["hidden"] == []
+    assert out["counts"] == [2, 7, 0]
+    assert out["ids"] == [8, 9]

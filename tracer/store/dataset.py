@@ -145,7 +145,15 @@ class Dataset:
         if whole and self._published.error:
             lost = self.lost - self._lost_when_it_failed
             _log.warning("writing to %s works again; %d rows were lost meanwhile, see coverage/", self._root, lost)
+            self._clear()
         self._took(began, whole)
+
+    def _clear(self) -> None:
+        """Removes files that were given up while they could not even be removed. Call with none open."""
+        try:
+            layout.remove_stale(self._root, self._run.node)
+        except OSError as error:
+            _log.error("cannot clear %s: %s; the next run will try again", self._root, error)
 
     def _keep_within(self, budget: int) -> None:
         """Deletes this node's oldest files, however full the disk is, and counts their rows as lost_expired."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tracer.analysis.causes.explain import distance
+from tracer.analysis.causes.explain import Explained, by_chance, distance, units
 from tracer.analysis.causes.hypothesis import Hypothesis, percent
 from tracer.analysis.causes.situation import Floats, Situation
 
@@ -28,19 +28,23 @@ def rounded_shares(n: int, decimals: int) -> Floats:
 
 
 def rounding(situation: Situation, measure: str) -> Iterator[Hypothesis]:
-    """How much of the skew five decimals could make; ten never make any that shows."""
-    n = int(situation.entitled.sum())
-    if measure != "connections" or n < MATTERS_FROM:
+    """How much of the skew is what five decimals make; ten never make any that shows.
+
+    Nobody knows the rules' order, so the loads are held against the shares rank by rank.
+    """
+    entitled = situation.entitled
+    n = int(entitled.sum())
+    if n < MATTERS_FROM:
         return
-    before = distance(situation.load(measure), situation.fair(measure))
-    possible = distance(rounded_shares(n, 5), np.ones(n))
-    if before <= 0:
-        return
+    load, even = situation.load(measure)[entitled], np.ones(n)
+    before, shares = distance(load, even), rounded_shares(n, 5)
+    after = distance(np.sort(load), np.sort(shares))
+    possible = distance(shares, even)
     yield Hypothesis(
         "rounding",
-        0.7 * min(1.0, possible / before),
+        Explained(before, after, by_chance(even, units(situation, measure))).score,
         f"With {n} endpoints, probabilities of five decimals (kube-proxy before 1.17) make a skew of "
         f"{percent(possible)}; {percent(before)} was seen.",
         "Update kube-proxy to 1.17 or later, or use its nftables or IPVS mode.",
-        {"endpoints": n, "possible": possible, "before": before},
+        {"endpoints": n, "possible": possible, "before": before, "after": after},
     )
