@@ -115,8 +115,11 @@ static __always_inline void visit(const void *sk)
 	if (!due(connection, mode))
 		return;
 	join_again(sk, connection);
-	if (unwanted(&connection->row))
-		return; /* by option; counted when it ends */
+	if (unwanted(&connection->row)) { /* by option; counted when it ends */
+		if (connection->row.flags & FLAG_ESTABLISHED)
+			connection->row.ts = bpf_ktime_get_boot_ns(); /* not asked for again and again */
+		return;
+	}
 	if (bpf_ringbuf_query(RECORDS, BPF_RB_AVAIL_DATA) < RING_BYTES / 2 &&
 	    emit(sk, connection, bpf_ktime_get_boot_ns(), RESULT_OPEN, 0))
 		count(COUNT_INTERIM);

@@ -38,8 +38,10 @@ RECONCILE_S, RECONCILE_IDLE_S = 60.0, 600.0
 FLOWS_S, FLOWS_SHARE = 15.0, 50.0
 #: How often a balancer at the socket is looked for, which may be installed at any time.
 BALANCERS_S = 60.0
-#: How often connections are looked for whose end nobody saw.
-SWEEP_S = 60.0
+#: What looking for interim rows may take: a twentieth of the time.
+WALK_SHARE = 20.0
+#: How often connections are looked for whose end nobody saw: without a row for so many intervals.
+SWEEP_S, OVERDUE = 60.0, 1.5
 #: How often what is held is compared with the kernel's own tables, and at most so much of the time.
 CHECK_S, CHECK_SHARE = 60.0, 50.0
 #: The signals that end the agent in good order.
@@ -93,12 +95,12 @@ class Rhythm:
                 self._due[number] = now + period()
 
 
-def interim_period(interval_s: float) -> float:
-    """How often connections are looked at whose interval may be over: a twelfth, so that a row spans at most 8 % more.
+def interim_period(interval_s: float, walked_s: float) -> float:
+    """How often it is looked whose interval is over: a twelfth, so that a row spans at most 8 % more.
 
-    At least a quarter of a second and at most ten seconds, because a look walks all sockets of all namespaces.
+    At least a quarter of a second and at most ten seconds; less often where walking takes more than its share.
     """
-    return min(max(interval_s / 12, 0.25), 10.0)
+    return max(min(max(interval_s / 12, 0.25), 10.0), WALK_SHARE * walked_s)
 
 
 def flows_period(interval_s: float, dumped_s: float) -> float:
@@ -145,12 +147,11 @@ def follow(
             reconciled = time.monotonic()
 
     interval = capture.options.interval_s
-    period = interim_period(interval)
-    rhythm.every(lambda: period, lambda: capture.interim(hand_over))
+    rhythm.every(lambda: interim_period(interval, capture.walked_s), lambda: capture.interim(hand_over))
     rhythm.every(lambda: 1.0, clock.observe)
     rhythm.every(lambda: flows_period(interval, capture.dumped_s), reconcile)
     rhythm.every(lambda: BALANCERS_S, capture.watch_balancers)
-    rhythm.every(lambda: SWEEP_S, capture.sweep)
+    rhythm.every(lambda: SWEEP_S, lambda: capture.sweep(OVERDUE * interval))
     rhythm.every(lambda: max(CHECK_S, CHECK_SHARE * capture.checked_s), lambda: capture.check(hand_over))
     while True:
         # Asked without waiting: CPython's sigtimedwait, interrupted (as by SIGSTOP and SIGCONT) until its time is over,

@@ -318,7 +318,7 @@ COVERAGE: tuple[Column, ...] = (
     _null(
         "unentered_namespaces",
         pa.uint64(),
-        "network namespaces that the last walk of all sockets could not enter: no interim rows from there (a gauge)",
+        "network namespaces that could not be entered when rows were due: no interim rows from there (a gauge)",
         unit="namespace",
     ),
     _null("translations", pa.uint64(), "translations known at ts (a gauge)", unit="translation"),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from tracer.errors import TracerError
 from tracer.kernel import libbpf, netns
 from tracer.kernel.capture import Capture, Options
-from tracer.kernel.maps import CONNECTION, TRANSLATION, Sizes
+from tracer.kernel.maps import CONNECTION, SOCKET_KEY, TRANSLATION, Sizes
 from tracer.lab.cluster import Cluster
 from tracer.lab.topology import Conntrack
 from tracer.record import RESULT_OPEN, TUPLE, Flag, Nat, NatSource
@@ -192,6 +193,51 @@ def test_loopback_is_left_out_unless_asked_for(cluster: Cluster) -> None:
             assert all(rows["nat"] == Nat.NONE), "a pod's loopback cannot have been tracked"
 
 
+def age(capture: Capture, seconds: int, **of: int) -> None:
+    """Lets the interval of open connections that look so have begun earlier."""
+    sockets, connections = libbpf.map_items(capture.maps.connections, SOCKET_KEY, CONNECTION)
+    row = connections["row"]
+    for place in np.flatnonzero(np.logical_and.reduce([row[name] == value for name, value in of.items()])):
+        row["ts"][place] -= np.uint64(seconds * 10**9)
+        assert libbpf.map_update(capture.maps.connections, sockets[place].tobytes(), connections[place].tobytes()) == 0
+
+
+def test_only_namespaces_where_rows_wait_are_walked(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each walk goes through the sockets of all namespaces, which a busy node has by the hundred thousand."""
+    walked: list[int] = []
+    entered = netns.entered
+
+    def noted(path: str, inode: int) -> AbstractContextManager[None]:
+        walked.append(inode)
+        return entered(path, inode)
+
+    first, second = (pod.netns.inode for pod in cluster.client_pods[:2])
+    with Capture(options(cluster, interval_s=60)) as capture:
+        monkeypatch.setattr(netns, "entered", noted)
+        held = cluster.clients[0].hold(3, cluster.vip())["number"]
+        capture.interim(capture.drain)
+        capture.sweep(60)
+        assert walked == [], "nothing is due"
+        age(capture, 61, netns=first)
+        late = cluster.clients[0].hold(1, cluster.vip())["number"]
+        other = cluster.clients[1].hold(1, cluster.vip())["number"]
+        capture.interim(lambda: None)
+        assert walked == [first]
+        rows = drained(capture, 3)
+        assert len(rows) == 3
+        age(capture, 50, netns=first)
+        age(capture, 11, netns=first, conn_id=int(rows["conn_id"][0]))
+        capture.interim(lambda: None)
+        assert walked == [first, first]
+        assert len(drained(capture, 4)) == 4, "what is nearly due has its row with what is due"
+        age(capture, 61, netns=second)
+        capture.sweep(60)
+        assert walked == [first, first, second]
+        assert capture.totals()["open_connections"] == 5
+        for client, numbers in ((cluster.clients[0], [*held, *late]), (cluster.clients[1], other)):
+            client.release(numbers)
+
+
 def test_listeners_that_find_no_room_are_no_lost_connections(cluster: Cluster) -> None:
     for server, pod in zip(cluster.servers, cluster.backend_pods, strict=True):
         for port in range(9000, 9010):
@@ -222,7 +268,10 @@ def test_a_path_that_leads_elsewhere_by_now_is_not_taken_for_the_namespace(
 
 HIDDEN = """
 import json, logging, subprocess, sys
+import numpy as np
+from tracer.kernel import libbpf, netns
 from tracer.kernel.capture import Capture, Options
+from tracer.kernel.maps import CONNECTION
 from tracer.lab.netns import Namespace
 said = []
 logging.getLogger().addHandler(type("Keep", (logging.Handler,), {"emit": lambda self, record: said.append(record)})())
@@ -232,6 +281,9 @@ with Namespace("hidden") as holder:
     subprocess.run(["mount", "--bind", holder.path, f"{where}/ns"], check=True)
 with Namespace("node") as node, Capture(Options(node_netns=node.path, only_netns=(f"{where}/ns",))) as capture:
     unentered = [capture.totals()["unentered_namespaces"]]
+    waits = np.zeros(1, CONNECTION)
+    waits["row"]["ts"], waits["row"]["netns"] = 1, netns.inode(f"{where}/ns")
+    assert libbpf.map_update(capture.maps.connections, bytes(8), waits.tobytes()) == 0
     subprocess.run(["mount", "-t", "tmpfs", "none", where], check=True)
     for _ in range(2):
         capture.interim(capture.drain)

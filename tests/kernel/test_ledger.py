@@ -195,6 +195,19 @@ def test_a_running_capture_is_found_and_judged_by_its_maps_alone(cluster: Cluste
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def test_sockets_are_listed_a_namespace_after_the_other(cluster: Cluster) -> None:
+    """Each list takes the kernel a walk through the sockets of all namespaces."""
+    with Capture(options(cluster)) as capture:
+        scope = witness.Scope.of(capture.maps.descriptors())
+        turn = witness.Turn(0, 0.0)
+        whose = [witness.look(scope, turn=turn).walked for _ in capture.options.only_netns]
+        assert all(len(walked) == 1 for walked in whose)
+        assert frozenset.union(*whose) == scope.listed
+        assert witness.look(scope, turn=turn).walked == whose[0], "and again from the first"
+        assert witness.look(scope, turn=witness.Turn(0, 60.0)).walked == scope.listed
+        assert witness.look(scope, among=whose[1]).walked == whose[1]
+
+
 def test_the_agent_compares_now_and_then(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent, "CHECK_S", 0.2)
     monkeypatch.setattr(agent, "CHECK_SHARE", 0.0)

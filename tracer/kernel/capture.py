@@ -53,7 +53,7 @@ from tracer.kernel.maps import (
 )
 from tracer.kernel.ring import Ring
 from tracer.kernel.timeouts import TCP_CLOSE, TCP_TIME_WAIT, Timeouts
-from tracer.record import RECORD, ROLE_NAMES, TUPLE, Nat, NatSource
+from tracer.record import RECORD, ROLE_NAMES, TUPLE, Flag, Nat, NatSource
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +70,13 @@ PROGRAMS = (
 )
 #: How full the ring may be before the walk of the next namespace, whose rows find room up to its half.
 _CROWDED = 0.1
+#: A walk that one connection's row is due for gives a row to those of its namespace, too, that would be in this part of
+#: the interval: so a namespace is walked at the most four times an interval.
+_EARLY = 0.25
+#: How long a check may list sockets before it leaves the other namespaces to the next.
+_CHECK_WALKS_S = 0.1
+#: A connect that has not been answered for so long hangs.
+_HANGS_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -110,14 +117,16 @@ class Capture:
         self.options = options
         self.enobufs = 0
         self.drained_at = time.monotonic()
-        self._dumped_alive, self._kept, self._enobufs_then, self._unentered = False, 0, 0, 0
+        self._dumped_alive, self._kept, self._enobufs_then = False, 0, 0
+        self._unentered: set[int] = set()
         self._dump_malformed = self._dump_directional = self._dump_lost = self._lost_end = 0
         self._filter = self._netns_filter()
         self._outbox: list[npt.NDArray[Any]] = []
         self._probe: list[int] = []
         self._bridges: list[tuple[bridges.Network, int]] = []
         self._cgroups: int | None = None
-        self.dumped_s = self.checked_s = 0.0
+        self.dumped_s = self.checked_s = self.walked_s = 0.0
+        self._checked_to = 0
         self._ledger = NOTHING.figures() | {"checks": 0}
         self._walks = 0
         self._paused = 0
@@ -292,7 +301,7 @@ class Capture:
     def totals(self) -> dict[str, int]:
         """`counters`, and the levels of `tracer.store.coverage.GAUGES` (reads both maps)."""
         levels = {"open_connections": self.maps.count("connections"), "translations": self.maps.count("translations")}
-        levels |= {"directional": self._dump_directional, "unentered_namespaces": self._unentered}
+        levels |= {"directional": self._dump_directional, "unentered_namespaces": len(self._unentered)}
         return self.counters() | levels
 
     def ring_fills(self) -> tuple[list[int], float]:
@@ -305,10 +314,14 @@ class Capture:
         Args:
             hand_over: drains the ring; called in between, so that all of them fit.
         """
-        self._emit_all(_boot_ns() - round(self.options.interval_s * 1e9), hand_over)
+        now, interval = _boot_ns(), round(self.options.interval_s * 1e9)
+        self._emit_all(now - interval, now - round(interval * (1 - _EARLY)), hand_over)
+        self.walked_s = (_boot_ns() - now) / 1e9
 
     def check(self, hand_over: Callable[[], object] = lambda: None) -> Agreement:
         """Compares the maps with the kernel's own tables (tracer/kernel/ledger.py), and adds the outcome to `counters`.
+
+        Of sockets only those of some namespaces, in turn: each takes the kernel a walk through the sockets of all.
 
         Args:
             hand_over: drains the ring; called in between, as large tables take a while.
@@ -317,7 +330,9 @@ class Capture:
             TracerError: the kernel does not show its tables.
         """
         began = _boot_ns()
-        agreement = witness.check(witness.Scope.of(self.maps.descriptors()), hand_over)
+        turn = witness.Turn(self._checked_to, _CHECK_WALKS_S)
+        agreement = witness.check(witness.Scope.of(self.maps.descriptors()), hand_over, turn=turn)
+        self._checked_to = turn.last
         figures = agreement.figures() | {"checks": 1}
         self._ledger = {name: self._ledger[name] + count for name, count in figures.items()}
         self.checked_s = (_boot_ns() - began) / 1e9
@@ -329,7 +344,7 @@ class Capture:
         """The end: no new connection is taken, and every open one gets a row. `hand_over` is as for `interim`."""
         self._paused = _boot_ns()
         self.maps.set_control(CONTROL_PAUSE, self._paused)
-        self._emit_all(self._paused, hand_over)
+        self._emit_all(self._paused, self._paused, hand_over)
         self.sweep()
         self.reconcile(hand_over, stopping=True)
         # Detached before the last drain, so that nothing goes into a ring that nobody empties.
@@ -341,8 +356,9 @@ class Capture:
             time.sleep(0.05)
             hand_over()
 
-    def _emit_all(self, due: int, hand_over: Callable[[], object]) -> None:
-        """A row of every connection whose interval began at `due` or before, by CLOCK_BOOTTIME.
+    def _emit_all(self, asked: int, due: int, hand_over: Callable[[], object]) -> None:
+        """A row of every connection whose interval began at `due` or before (CLOCK_BOOTTIME), in each namespace that
+        has one whose interval began at `asked` or before.
 
         Walks again while rows found no room: each walk that hands over half a ring makes progress. What comes due while
         it walks waits for the next time, or the first connections would take the room of the last for ever.
@@ -350,55 +366,83 @@ class Capture:
         self.maps.set_control(CONTROL_DUE, due)
         deferred = -1
         while deferred != (deferred := self.maps.counters_now()["deferred"]):
-            self._walk(MODE_REPORT, hand_over)
+            waiting = self._where_rows_wait(asked)
+            if not waiting:
+                return
+            self._walk(MODE_REPORT, hand_over, waiting)
             hand_over()
 
-    def _walk(self, mode: int, hand_over: Callable[[], object] = lambda: None) -> set[int]:
-        """Runs the socket iterator over every network namespace that is visible here; which ones it was."""
+    def _where_rows_wait(self, asked: int) -> set[int]:
+        """Namespaces of connections whose interval began then or before; and of connects that hang, which no walk has
+        met: so that they claim their translation before anybody takes it for another node's."""
+        waiting: set[int] = set()
+        hanging = _boot_ns() - _HANGS_NS
+        for _, connections in libbpf.map_batches(self.maps.connections, SOCKET_KEY, CONNECTION):
+            row = connections["row"]
+            alone = (row["flags"] & Flag.ESTABLISHED == 0) & (row["visited"] == 0) & (row["ts"] <= hanging)
+            waiting.update(np.unique(row["netns"][(row["ts"] <= asked) | alone]).tolist())
+        return waiting
+
+    def _walk(
+        self, mode: int, hand_over: Callable[[], object] = lambda: None, among: set[int] | None = None
+    ) -> set[int]:
+        """Runs the socket iterator over every network namespace that is visible here, or those `among`; which ones it
+        was.
+
+        The kernel has one table for the sockets of all namespaces, those in TIME_WAIT among them, and goes through it
+        for each: half a million of them take a namespace 80 ms. So only those are walked that have to be.
+        """
         self._walks += 1
         self.maps.set_control(CONTROL_WALK, self._walks & 0xFFFF)
         self.maps.set_control(CONTROL_MODE, mode)
-        return self._walk_with("socket_iterator", hand_over)
+        return self._walk_with("socket_iterator", hand_over, among)
 
-    def _walk_with(self, iterator: str, hand_over: Callable[[], object] = lambda: None) -> set[int]:
-        """`hand_over` makes room after each namespace: of every one the kernel goes through the sockets of all."""
+    def _walk_with(
+        self, iterator: str, hand_over: Callable[[], object] = lambda: None, among: set[int] | None = None
+    ) -> set[int]:
+        """`hand_over` makes room after each namespace."""
         walked: set[int] = set()
         # Once more, for those whose process ended meanwhile and that another refers to.
         for _ in range(2):
-            left = {inode: path for inode, path in netns.visible().items()
-                    if inode not in walked and self._wanted(inode)}  # fmt: skip
-            unentered = 0
+            visible = netns.visible()
+            left = {inode: path for inode, path in visible.items()
+                    if inode not in walked and self._wanted(inode) and (among is None or inode in among)}  # fmt: skip
+            closed: set[int] = set()
             for inode, path in left.items():
                 try:
                     with netns.entered(path, inode):
                         walk = libbpf.iter_create(self._descriptors[iterator])
                 except TracerError as error:
-                    unentered, reason = unentered + 1, error
+                    closed.add(inode)
+                    reason = error
                     continue
                 _read_to_end(walk)
                 walked.add(inode)
                 if self.fill() > _CROWDED:
                     hand_over()
-            if not unentered:
+            if not closed:
                 break
-        if unentered and not self._unentered:
+        if closed and not self._unentered:
             _log.warning("%d network namespaces cannot be entered (%s): what is open there has no interim rows; "
-                         "coverage/ counts them", unentered, reason)  # fmt: skip
-        self._unentered = unentered
+                         "coverage/ counts them", len(closed), reason)  # fmt: skip
+        self._unentered = (self._unentered & visible.keys()) - walked | closed
         return walked
 
-    def sweep(self) -> None:
+    def sweep(self, overdue_s: float = 0.0) -> None:
         """Removes, and counts as lost, connections whose socket is gone although nobody saw its end.
 
-        Those are entries from before a walk that the walk did not meet, in a namespace that it went through. (One that
-        a walk met 65,536 walks ago is left for the next.)
+        Those are entries that a walk of their namespace does not meet. Only what has had no row for `overdue_s` is
+        looked for: an open connection has one now and then. (One met 65,536 walks ago is left for the next time.)
         """
-        began = _boot_ns()
-        walked = self._walk(MODE_REPORT)
+        before = _boot_ns() - round(overdue_s * 1e9)
+        waiting = self._where_rows_wait(before)
+        if not waiting:
+            return
+        walked = self._walk(MODE_REPORT, among=waiting)
         for sockets, connections in libbpf.map_batches(self.maps.connections, SOCKET_KEY, CONNECTION):
             row = connections["row"]
             met = row["visited"] == self._walks & 0xFFFF
-            gone = ~met & (row["ts"] < began) & np.isin(row["netns"], list(walked))
+            gone = ~met & (row["ts"] < before) & np.isin(row["netns"], list(walked))
             for key, conn_id in zip(_elements(sockets[gone], SOCKET_KEY), row["conn_id"][gone], strict=True):
                 self._forget(key, conn_id)
 

@@ -8,7 +8,7 @@ gives a descriptor for an id to whoever has CAP_SYS_ADMIN. The agent listens to 
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,28 +82,53 @@ class Scope:
         return self.mode == 0 or (inode in self.listed) == (self.mode == 1)
 
 
-def check(scope: Scope, between: Callable[[], object] = lambda: None, pause_s: float = PAUSE_S) -> ledger.Agreement:
+@dataclass
+class Turn:
+    """Which namespaces' sockets are listed where not all are: those behind `last`, in the order of their numbers, for
+    so many seconds. `last` becomes the last of them."""
+
+    last: int
+    seconds: float
+
+    def order(self, inodes: Collection[int]) -> list[int]:
+        """All of them, each once."""
+        return sorted(inodes, key=lambda inode: (inode <= self.last, inode))
+
+
+def check(
+    scope: Scope,
+    between: Callable[[], object] = lambda: None,
+    pause_s: float = PAUSE_S,
+    turn: Turn | None = None,
+) -> ledger.Agreement:
     """Compares twice, unless all agrees at once.
 
     Args:
         scope: the capture.
         between: drains its ring; called in between, as large tables take a while.
         pause_s: between the two looks.
+        turn: whose sockets are listed; None: those of all namespaces.
 
     Raises:
         TracerError: the kernel does not show its tables.
     """
-    first = ledger.compare(look(scope, between), scope.traced)
+    view = look(scope, between, turn)
+    first = ledger.compare(view, scope.traced)
     if not len(first.found):
         return ledger.persisting(first, first)
     between()
     time.sleep(pause_s)
     between()
-    return ledger.persisting(first, ledger.compare(look(scope, between), scope.traced))
+    return ledger.persisting(first, ledger.compare(look(scope, between, among=view.walked), scope.traced))
 
 
-def look(scope: Scope, between: Callable[[], object] = lambda: None) -> ledger.View:
-    """Reads both sides; see `check`."""
+def look(
+    scope: Scope,
+    between: Callable[[], object] = lambda: None,
+    turn: Turn | None = None,
+    among: Collection[int] | None = None,
+) -> ledger.View:
+    """Reads both sides; sockets of all namespaces, of those whose `turn` it is, or of those `among`. See `check`."""
     found = netns.visible()
     if scope.node_netns not in found:
         raise TracerError(
@@ -112,19 +137,23 @@ def look(scope: Scope, between: Callable[[], object] = lambda: None) -> ledger.V
         )
     with netns.entered(found[scope.node_netns], scope.node_netns):
         dumped = conntrack.dump(0, between)
+    wanted = [inode for inode in found if scope.wants(inode) and (among is None or inode in among)]
     parts, walked = [np.empty(0, sockets.SOCKET)], set()
-    for inode, path in found.items():
-        if not scope.wants(inode):
-            continue
+    began = time.monotonic()
+    for inode in turn.order(wanted) if turn else wanted:
         with contextlib.ExitStack() as inside:
             try:
-                inside.enter_context(netns.entered(path, inode))
+                inside.enter_context(netns.entered(found[inode], inode))
             except TracerError:  # gone meanwhile, and its sockets with it
                 continue
             part = sockets.dump(between)
         part["netns"] = inode
         parts.append(part)
         walked.add(inode)
+        if turn:
+            turn.last = inode
+            if time.monotonic() - began > turn.seconds:
+                break
     listed = np.concatenate(parts, dtype=sockets.SOCKET)
     keys, values = libbpf.map_items(scope.maps["translations"], TUPLE, TRANSLATION)
     between()
