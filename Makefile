@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 VM_PACKAGES := qemu-system-x86 qemu-system-common busybox-static cpio zstd xz-utils ipvsadm
 # What builds and runs the images, and makes them a base.
 IMAGE_PACKAGES := podman runc mmdebstrap
+# What makes the benchmark's traffic, and the peers that it is measured beside.
+BENCH_PACKAGES := gcc libc6-dev bpfcc-tools bpftool conntrack
 VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tracer/version.py)
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
@@ -120,9 +122,10 @@ docs: setup
 
 # QUICK=1: three minutes, and not worth more than that.
 bench: setup
-	@dpkg -s gcc libc6-dev >/dev/null 2>&1 || { apt-get update -q && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends gcc libc6-dev; }
+	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(BENCH_PACKAGES); }
 	$(BIN)/python -m tests.bench.rate $(if $(QUICK),--pairs 2 --seconds 1 --sustained 10)
+	$(BIN)/python -m tests.bench.peers $(if $(QUICK),--pairs 2 --seconds 1)
 	$(BIN)/python -m tests.bench.ring_to_parquet
 	$(BIN)/python -m tests.bench.kernel_cost
 	$(BIN)/python -m tests.bench.node_process

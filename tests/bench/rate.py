@@ -5,13 +5,16 @@ without an agent and once with it, in changing order. Reported is the median of 
 interval, what the agent spent, and whether a row is missing.
 
     python -m tests.bench.rate [--pairs N] [--seconds S] [--workload NAME ...] [--sustained SECONDS]
+                                   [--json FILE]
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.bench import paired
@@ -180,13 +183,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--workload", action="append", help="one of them; may be repeated")
     parser.add_argument("--sustained", type=float, default=60.0, help="how long the one long run takes; 0: none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there, too")
     arguments = parser.parse_args()
+    found: dict[str, Any] = {}
     print(f"Linux {os.uname().release}, {os.cpu_count()} CPUs")
     with Rig() as rig:
         chosen = [w for w in workloads(rig) if not arguments.workload or w.name in arguments.workload]
-        print(table([measure(rig, workload, arguments.pairs, arguments.seconds) for workload in chosen]))
+        found["workloads"] = [measure(rig, workload, arguments.pairs, arguments.seconds) for workload in chosen]
+        print(table(found["workloads"]))
         if arguments.sustained:
-            print(sustained_table(sustained(rig, arguments.sustained)))
+            found["sustained"] = sustained(rig, arguments.sustained)
+            print(sustained_table(found["sustained"]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

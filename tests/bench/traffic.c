@@ -30,15 +30,16 @@
 #define REQUEST 100
 #define RESPONSE 400
 
-/* What a client says first: how it reached the server, which the server cannot see. */
+/* What a client says first: how it reached the server, and who it is, which the server cannot see. */
 struct request {
 	uint32_t size; /* bytes of the request, this header among them */
 	uint32_t response;
 	uint16_t dialled; /* the service's port, in host order */
-	uint16_t padding;
+	uint16_t port;	  /* the client's own, in network order, or 0: conntrack may have changed it on the way */
 };
 
-/* A line of the server's ledger: addresses and ports in network order, but for the service's port. */
+/* A line of the server's ledger: addresses and ports in network order, but for the service's port. `peer_port` is what
+ * the client says of itself, or else what the server sees. */
 struct accepted {
 	uint32_t peer, local;
 	uint16_t peer_port, dialled;
@@ -174,6 +175,8 @@ static void answer(int fd, char *buffer, size_t room)
 	if (!peer->known && (size_t)size >= sizeof(request)) {
 		peer->known = 1;
 		peer->accepted.dialled = request.dialled;
+		if (request.port)
+			peer->accepted.peer_port = request.port;
 	}
 	if (request.response > room)
 		request.response = room;
@@ -244,9 +247,10 @@ static struct sockaddr_in *targets;
 static int target_count;
 
 /* One exchange; 0 if it went as it should. */
-static int exchange(int fd, const struct sockaddr_in *target, char *buffer)
+static int exchange(int fd, const struct sockaddr_in *target, char *buffer, uint16_t port)
 {
-	struct request request = {.size = REQUEST, .response = RESPONSE, .dialled = ntohs(target->sin_port)};
+	struct request request = {
+		.size = REQUEST, .response = RESPONSE, .dialled = ntohs(target->sin_port), .port = port};
 	size_t got = 0;
 
 	memcpy(buffer, &request, sizeof(request));
@@ -283,11 +287,14 @@ static int dial(int kind, const struct sockaddr_in *target)
 static int connect_once(int kind, const struct sockaddr_in *target)
 {
 	char buffer[RESPONSE];
+	struct sockaddr_in own = {0};
+	socklen_t size = sizeof(own);
 	int fd = dial(kind, target), failed;
 
 	if (fd < 0)
 		return -1;
-	failed = exchange(fd, target, buffer);
+	getsockname(fd, (struct sockaddr *)&own, &size);
+	failed = exchange(fd, target, buffer, own.sin_port);
 	close(fd);
 	return failed;
 }
@@ -319,7 +326,7 @@ static int exchange_on_next(void)
 	char buffer[RESPONSE];
 
 	turn = (turn + 1) % held_count;
-	return exchange(held[turn], &targets[turn % target_count], buffer);
+	return exchange(held[turn], &targets[turn % target_count], buffer, 0);
 }
 
 static int ping(void)
