@@ -210,8 +210,14 @@ static void serve(int port, const char *path)
 	int epoll = epoll_create1(0), one = 1;
 	struct epoll_event events[64];
 	static char buffer[1 << 16];
+	sigset_t held, none;
 
 	many_descriptors();
+	/* Held but while it waits: a signal that came just before would otherwise be waited out. */
+	sigemptyset(&none);
+	sigemptyset(&held);
+	sigaddset(&held, SIGUSR1);
+	sigprocmask(SIG_BLOCK, &held, NULL);
 	sigaction(SIGUSR1, &(struct sigaction){.sa_handler = want}, NULL);
 	setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
 	setsockopt(listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one)); /* inherited */
@@ -223,7 +229,7 @@ static void serve(int port, const char *path)
 	puts("ready");
 	fflush(stdout);
 	for (;;) {
-		int count = epoll_wait(epoll, events, 64, -1);
+		int count = epoll_pwait(epoll, events, 64, -1, &none);
 
 		if (wanted)
 			hand_over(path);
