@@ -44,11 +44,12 @@ static __always_inline bool excluded_destination(const struct address *dst)
  * is given up, so a value is only ever taken by the round that made it. */
 static __always_inline __u64 next_conn_id(void)
 {
-	__u32 slot = 0;
-	__u64 before = 0, after = 0, *sequence = bpf_map_lookup_elem_(SEQUENCE, &slot);
+	struct tally *mine = tally();
+	__u64 before = 0, after = 0, *sequence;
 
-	if (!sequence)
+	if (!mine)
 		return 0; /* cannot be: the array has that slot */
+	sequence = &mine->sequence;
 	NO_UNROLL
 	for (int round = 0; round < 4; round++) {
 		before = *(volatile __u64 *)sequence;
@@ -224,7 +225,8 @@ static __always_inline void join(const void *sk, struct connection *connection, 
 		row->nat_source = translation->source;
 	}
 out:
-	if (translation->ended)
+	/* Where this has no row that says whose it was, the claim does (tracer/kernel/flows.py), until a dump. */
+	if (translation->ended && ROLES & 1 << ROLE_CLIENT)
 		bpf_map_delete_elem_(TRANSLATIONS, &key);
 }
 
@@ -262,13 +264,13 @@ static __always_inline bool describe(const void *sk, struct row *row, enum role 
 }
 
 /* Whether an entry is this socket's. It is not where the end of an earlier socket at this address was missed. */
-static __always_inline bool is_entry_of(const void *sk, const struct connection *connection)
+static __always_inline bool is_entry_of(const void *socket, const void *sk, const struct connection *connection)
 {
 	const struct tuple *tuple = &connection->row.tuple;
 	bool server = connection->row.role == ROLE_SERVER;
 	__u16 port;
 
-	READ(port, sk, OFFSET_sock_common__skc_dport);
+	READ(port, socket, OFFSET_sock_common__skc_dport);
 	if (port != (server					  ? tuple->src_port
 		     : connection->row.dialled == DIALLED_ANOTHER ? connection->row.peer_port
 								  : tuple->dst_port))
@@ -298,7 +300,6 @@ static __always_inline void learn_dial(struct connection *connection)
 	dial = dials == DIALS_SEEN ? bpf_map_lookup_elem_(DIALS, &thread) : NULL;
 	if (!dial) {
 		connection->row.dialled = DIALLED_UNKNOWN;
-		count(COUNT_UNDIALLED);
 		return;
 	}
 	dial->sent = 1;
@@ -331,17 +332,17 @@ static __always_inline long insert(const void *sk, struct connection *connection
 	return error;
 }
 
-/* A client's connection found no room: it is lost now, whatever becomes free before it ends. */
+/* A connection found no room: it is lost now, whatever becomes free before it ends. */
 static __always_inline void crowd_out(const void *sk)
 {
 	__u32 slot = CONTROL_CROWDED;
-	__u64 key = (__u64)sk, *crowded = bpf_map_lookup_elem_(CONTROL, &slot);
+	__u64 *crowded = bpf_map_lookup_elem_(CONTROL, &slot), found, key = (__u64)sk;
 	__u8 one = 1;
 
 	count(COUNT_LOST_CONNECTION_MAP);
-	bpf_map_update_elem_(ROOMLESS, &key, &one, BPF_ANY);
-	if (crowded)
-		*crowded = 1;
+	found = bpf_map_update_elem_(ROOMLESS, &key, &one, BPF_ANY) ? CROWDED_NOT_ALL_KNOWN : CROWDED;
+	if (crowded && *crowded < found)
+		*crowded = found;
 }
 
 static __always_inline bool is_crowded_out(__u64 *key)
@@ -362,8 +363,9 @@ static __always_inline void connection_begins(const void *socket)
 	const void *sk = tcp_socket(socket);
 	struct connection connection = {};
 	struct row *row = &connection.row;
+	__u32 sent_before;
 
-	if (!sk || !describe(sk, row, ROLE_CLIENT))
+	if (!sk || !describe(socket, row, ROLE_CLIENT))
 		return; /* filtered by option: not offered */
 	if (control(CONTROL_PAUSE)) {
 		count(COUNT_AFTER_PAUSE);
@@ -373,12 +375,16 @@ static __always_inline void connection_begins(const void *socket)
 	if (excluded_destination(&row->tuple.dst))
 		return;
 	count(COUNT_OPENED);
+	if (row->dialled == DIALLED_UNKNOWN)
+		count(COUNT_UNDIALLED);
 	row->conn_id = next_conn_id();
 	row->started = row->ts = bpf_ktime_get_boot_ns();
 	row->flags |= FLAG_OPENED | FLAG_COUNTED;
 	describe_process(row);
 	/* A socket that failed to connect may try again, and goes on counting. */
-	read_totals(sk, &connection.reported);
+	READ(sent_before, sk, OFFSET_tcp_sock__segs_out);
+	if (unlikely(sent_before))
+		read_totals(sk, &connection.reported);
 	if (insert(sk, &connection))
 		crowd_out(sk);
 }
@@ -429,7 +435,7 @@ static __always_inline void connection_accepted(const void *socket)
 	row->flags |= FLAG_OPENED | FLAG_COUNTED | FLAG_ESTABLISHED;
 	join_server(row);
 	if (insert(sk, &connection))
-		count(COUNT_LOST_CONNECTION_MAP);
+		crowd_out(sk);
 }
 
 /* Whether it is a loopback connection that nobody rewrote, which are left out by default. */
@@ -541,11 +547,11 @@ static __always_inline void join_again(const void *sk, struct connection *connec
 
 /* How a connection ended. sk_err is set before the state changes (tcp_reset, tcp_write_err); it is 0 for a local
  * close and where no source port was left (tcp_v4_connect's failure path), which then is still 0. */
-static __always_inline __u16 how_it_ended(const void *sk, const struct row *row)
+static __always_inline __u16 how_it_ended(const void *socket, const struct row *row)
 {
 	int error;
 
-	READ(error, sk, OFFSET_sock__sk_err);
+	READ(error, socket, OFFSET_sock__sk_err);
 	if (error)
 		return error;
 	if (row->flags & FLAG_ESTABLISHED)
@@ -567,13 +573,13 @@ static __always_inline void let_go(const struct connection *connection)
 }
 
 /* The last row, and the end of the entry. The socket's counters are still there. */
-static __always_inline void finish(const void *sk, __u64 *key, struct connection *connection)
+static __always_inline void finish(const void *socket, const void *sk, __u64 *key, struct connection *connection)
 {
 	struct row *row = &connection->row;
 
 	if (excluded_loopback(row) || unwanted(row)) {
 		count(COUNT_EXCLUDED);
-	} else if (emit(sk, connection, bpf_ktime_get_boot_ns(), how_it_ended(sk, row), FLAG_CLOSED)) {
+	} else if (emit(sk, connection, bpf_ktime_get_boot_ns(), how_it_ended(socket, row), FLAG_CLOSED)) {
 		count(COUNT_CLOSED);
 		if (row->nat == NAT_UNKNOWN)
 			count(COUNT_UNRESOLVED);
@@ -603,6 +609,7 @@ static __always_inline void connection_moves(const void *socket, int old_state, 
 	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
 	struct row *row;
 	const void *sk;
+	__u16 port;
 
 	if (!connection && old_state != BPF_TCP_SYN_SENT) {
 		forget_crowded_out(&key);
@@ -620,7 +627,7 @@ static __always_inline void connection_moves(const void *socket, int old_state, 
 	}
 	row = &connection->row;
 	if (ends) {
-		if (unlikely(!is_entry_of(sk, connection))) {
+		if (unlikely(!is_entry_of(socket, sk, connection))) {
 			end_was_missed(&key, connection);
 			return;
 		}
@@ -629,7 +636,8 @@ static __always_inline void connection_moves(const void *socket, int old_state, 
 		if (old_state != BPF_TCP_SYN_SENT && old_state != BPF_TCP_SYN_RECV)
 			row->flags |= FLAG_ESTABLISHED;
 	} else {
-		READ(row->tuple.src_port, sk, OFFSET_inet_sock__inet_sport);
+		READ(port, socket, OFFSET_sock_common__skc_num);
+		row->tuple.src_port = bpf_htons(port);
 		row->flags |= FLAG_ESTABLISHED;
 		if (row->started) {
 			row->connect_latency_us = (bpf_ktime_get_boot_ns() - row->started) / 1000;
@@ -639,11 +647,35 @@ static __always_inline void connection_moves(const void *socket, int old_state, 
 	if (!ends || needs_join(row))
 		join(sk, connection, ends);
 	if (ends) {
-		finish(sk, &key, connection);
+		finish(socket, sk, &key, connection);
 	} else if (excluded_loopback(row)) {
 		bpf_map_delete_elem_(CONNECTIONS, &key);
 		count(COUNT_EXCLUDED);
 	}
+}
+
+/* Whether nobody has seen this socket begin. If it was not taken in while the tracer stops, or for want of room, that
+ * has been counted, and is not looked at again. */
+static __always_inline bool has_not_begun(const void *socket)
+{
+	__u64 key = (__u64)socket;
+	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	const void *sk;
+
+	if (!connection)
+		return !control(CONTROL_PAUSE) && control(CONTROL_CROWDED) != CROWDED_NOT_ALL_KNOWN &&
+		       !is_crowded_out(&key);
+	sk = tcp_socket(socket);
+	return sk && !is_entry_of(socket, sk, connection); /* else it is an earlier socket's */
+}
+
+/* Whether nobody has seen this connection stand, or end. */
+static __always_inline bool has_not_moved(const void *socket, bool ends)
+{
+	__u64 key = (__u64)socket;
+	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+
+	return connection && (ends || !(connection->row.flags & FLAG_ESTABLISHED));
 }
 
 /* The socket is freed. Its entry is gone, unless its end was missed (tracer.c). */
@@ -662,7 +694,7 @@ static __always_inline void socket_vanishes(const void *socket)
 	if (!sk)
 		return; /* no TCP socket: not offered */
 	count(COUNT_LATE_END);
-	if (!is_entry_of(sk, connection)) {
+	if (!is_entry_of(socket, sk, connection)) {
 		end_was_missed(&key, connection);
 		return;
 	}
@@ -670,7 +702,7 @@ static __always_inline void socket_vanishes(const void *socket)
 	if (rtt) /* measured by the handshake at the latest */
 		connection->row.flags |= FLAG_ESTABLISHED;
 	join_again(sk, connection);
-	finish(sk, &key, connection);
+	finish(socket, sk, &key, connection);
 }
 
 #endif

@@ -221,19 +221,28 @@ static __always_inline void entry_begins(const struct tuple *tuple, struct trans
 }
 
 /* An entry is gone. `offset` is where the attributes behind the tuples begin. */
-static __always_inline void entry_ends(struct __sk_buff *skb, __u32 offset, const struct tuple *tuple, __u32 ct_id)
+static __always_inline void entry_ends(struct __sk_buff *skb, __u32 offset, const struct tuple *tuple,
+				       struct translation *ended)
 {
 	struct translation *known = bpf_map_lookup_elem_(TRANSLATIONS, tuple);
 	struct connection *connection;
+	bool raced = false;
 
 	count(COUNT_CONNTRACK_DESTROY);
-	if (!known || known->ct_id != ct_id) {
+	if (unlikely(!known || known->ct_id != ended->ct_id)) {
 		/* The entry was replaced, and this is the end of the old one; or it was never known. */
-		count(COUNT_STALE_DESTROY);
-		return;
+		if (tuple->protocol == IPPROTO_TCP) {
+			count(COUNT_STALE_DESTROY);
+			return;
+		}
+		ended->created = known ? known->created : 0;
+		ended->nat = nat_of(tuple, ended);
+		ended->source = SOURCE_CONNTRACK;
+		known = ended;
+		raced = true;
 	}
 	if (known->conn_id <= CLAIM_OVER) {
-		flow_ends(skb, offset, tuple, known);
+		flow_ends(skb, offset, tuple, known, raced);
 		return;
 	}
 	connection = open_connection(known->socket, known->conn_id);
@@ -294,7 +303,7 @@ static __always_inline void conntrack_event(struct __sk_buff *skb)
 	if (type == IPCTNL_MSG_CT_NEW)
 		entry_begins(&tuple, &translation);
 	else if (type == IPCTNL_MSG_CT_DELETE)
-		entry_ends(skb, behind_tuples, &tuple, translation.ct_id);
+		entry_ends(skb, behind_tuples, &tuple, &translation);
 	else
 		count(COUNT_MALFORMED_EVENTS);
 }

@@ -23,20 +23,25 @@ static __always_inline bool datagram_wanted(const struct tuple *tuple, __u32 net
 	       !(is_loopback(&tuple->src) && netns != NODE_NETNS);
 }
 
-/* Claims the translation for the socket's owner; `process` tells whether the caller is that process. */
-static __always_inline void claim_datagrams(const struct tuple *tuple, __u32 netns, bool process, bool released)
+/* Claims the translation for the socket's owner. `process` tells whether the caller is that process; `expected`, whether
+ * a translation may still come. */
+static __always_inline void claim_datagrams(const struct tuple *tuple, __u32 netns, bool process, bool released,
+					    bool expected)
 {
 	struct owner owner = {}, *known = bpf_map_lookup_elem_(OWNERS, tuple);
 	struct tuple key = *tuple;
 	struct translation *translation = find_translation(&key);
+	/* An earlier socket's, whose datagrams never came to conntrack: what comes now is this one's. */
+	bool stale = known && known->released && !(translation && translation->conn_id == CLAIM_DATAGRAM);
 
-	if (!translation) {
+	if (translation) {
+		translation->conn_id = CLAIM_DATAGRAM;
+	} else if (!expected) {
 		if (known && released)
 			bpf_map_delete_elem_(OWNERS, tuple);
 		return;
 	}
-	translation->conn_id = CLAIM_DATAGRAM;
-	if (known) {
+	if (known && !stale) {
 		if (process && !known->pid)
 			describe_owner(known);
 		known->released = released;
@@ -49,7 +54,8 @@ static __always_inline void claim_datagrams(const struct tuple *tuple, __u32 net
 		describe_owner(&owner);
 	if (bpf_map_update_elem_(OWNERS, tuple, &owner, BPF_ANY)) {
 		count(COUNT_LOST_OWNER_MAP);
-		translation->conn_id = 0;
+		if (translation)
+			translation->conn_id = 0;
 	}
 }
 
@@ -57,13 +63,16 @@ static __always_inline void claim_datagrams(const struct tuple *tuple, __u32 net
 static __always_inline void datagrams_end(const void *sk)
 {
 	struct tuple tuple = {};
-	__u32 netns;
+	__u32 netns, unsent = 1;
 
 	if (!read_tuple_probed(sk, &tuple, IPPROTO_UDP))
 		return;
 	netns = read_netns_probed(sk);
+	/* What it sent last may not have reached conntrack yet: it waits for its neighbour's address, in a queue, or for
+	 * a softirq on another CPU. Until it is taken in there the socket is charged for it, one being none (sk_alloc). */
+	PROBE(unsent, sk, OFFSET_sock__sk_wmem_alloc);
 	if (datagram_wanted(&tuple, netns))
-		claim_datagrams(&tuple, netns, true, true);
+		claim_datagrams(&tuple, netns, true, true, unsent > 1);
 }
 
 /* The iterator meets an open socket. */
@@ -78,7 +87,7 @@ static __always_inline void visit_datagrams(const void *sk)
 		return; /* not connected */
 	netns = read_netns(sk);
 	if (datagram_wanted(&tuple, netns))
-		claim_datagrams(&tuple, netns, false, false);
+		claim_datagrams(&tuple, netns, false, false, false);
 }
 
 #endif

@@ -21,6 +21,7 @@
 #define CTA_TYPE_MASK 0x3fff
 #define IPS_SEEN_REPLY 0x02
 #define IPS_ASSURED 0x04
+#define IPS_NAT_CLASH 0x1000
 /* include/uapi/linux/netfilter/nf_conntrack_tcp.h: the states that a TCP entry can end in */
 #define TCP_CONNTRACK_TIME_WAIT 7
 #define TCP_CONNTRACK_CLOSE 8
@@ -131,7 +132,7 @@ static __always_inline void emit_flow(const struct tuple *tuple, const struct tr
 	record->tuple.zone = 0;
 	record->conn_id = next_conn_id();
 	record->ts = bpf_ktime_get_boot_ns();
-	record->duration_ns = record->ts - translation->created;
+	record->duration_ns = translation->created ? record->ts - translation->created : 0;
 	record->flags = flags | FLAG_CLOSED | (is_v4(&tuple->dst) ? FLAG_IPV4 : 0);
 	if (translation->source == SOURCE_CONNTRACK) {
 		record->started = translation->created;
@@ -178,9 +179,13 @@ static __always_inline void emit_flow(const struct tuple *tuple, const struct tr
 	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
 }
 
-/* An entry is gone that no TCP socket has claimed. `offset` is where the attributes behind the tuples begin. */
+/* An entry is gone that no TCP socket has claimed. `offset` is where the attributes behind the tuples begin.
+ *
+ * `raced`: the translation is not in the map; another of the same tuple is, or was. Datagrams that two CPUs take through
+ * conntrack at once make two entries; where they lead to two backends, the second stays for a second and is not
+ * announced (nf_ct_resolve_clash_harder, 5.7): only its end tells. */
 static __always_inline void flow_ends(struct __sk_buff *skb, __u32 offset, const struct tuple *tuple,
-				      struct translation *translation)
+				      struct translation *translation, bool raced)
 {
 	struct entry_end end = {};
 	struct tuple key = *tuple;
@@ -202,6 +207,10 @@ static __always_inline void flow_ends(struct __sk_buff *skb, __u32 offset, const
 			nat |= NAT_DNAT;
 	}
 	read_end(skb, offset, &end);
+	if (raced && !(end.status & IPS_NAT_CLASH)) {
+		count(COUNT_STALE_DESTROY);
+		return;
+	}
 	if (tuple->protocol == IPPROTO_TCP && !(end.status & IPS_ASSURED) &&
 	    bpf_ktime_get_boot_ns() - translation->created < KEEP_NS) {
 		translation->ended = 1;
@@ -218,12 +227,13 @@ static __always_inline void flow_ends(struct __sk_buff *skb, __u32 offset, const
 		count(COUNT_FLOWS);
 		emit_flow(tuple, translation, owner, &end, flags);
 	}
+	if (raced || flags)
+		return; /* its socket, or user space, removes it */
 	if (owner && owner->released)
 		bpf_map_delete_elem_(OWNERS, &key);
-	if (flags)
-		return; /* its socket, or user space, removes it */
 out:
-	bpf_map_delete_elem_(TRANSLATIONS, tuple);
+	if (!raced)
+		bpf_map_delete_elem_(TRANSLATIONS, tuple);
 }
 
 #endif

@@ -107,7 +107,7 @@ static __always_inline void visit(const void *sk)
 		return; /* otherwise: not traced, or counted as lost when it began */
 	}
 	connection->row.visited = control(CONTROL_WALK);
-	if (!is_entry_of(sk, connection))
+	if (!is_entry_of(sk, sk, connection))
 		return; /* an entry of another socket is counted when this one ends */
 	/* A connect that hangs claims its translation here, so that nobody takes it for another node's. */
 	if (state == BPF_TCP_SYN_SENT)

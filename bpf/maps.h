@@ -149,21 +149,25 @@ struct network {
  * Full: COUNT_LOST_RING for closing rows; interim rows wait (COUNT_DEFERRED). */
 #define RECORDS ((void *)MAP(RECORDS_FD))
 
-/* counters: enum counter -> u64. Per-CPU array, never reset. */
-#define COUNTER_VALUES MAP(COUNTERS_FD)
+/* tallies: 0 -> struct tally. Per-CPU array, never reset. */
+#define TALLIES MAP(TALLIES_FD)
 
-/* sequence: 0 -> u64. Per-CPU array: how many connection ids were given out on this CPU. */
-#define SEQUENCE MAP(SEQUENCE_FD)
+/* In one element, and what each connection counts first in it: one cache line. */
+struct tally {
+	__u64 sequence; /* how many connection ids were given out on this CPU */
+	__u64 counters[COUNTERS];
+};
 
 /* owners: struct tuple (zone 0) -> struct owner. Hash. Inserted when a connected UDP socket whose tuple has a
- * translation is closed or met by the iterator, and at its connect() where the connect probe runs; deleted with the
- * translation once the socket is closed. Full: COUNT_LOST_OWNER_MAP. */
+ * translation is closed or met by the iterator, or when one is closed whose translation may still come, and at its
+ * connect() where the connect probe runs; deleted with the translation once the socket is closed, or by the
+ * reconciliation if there never was one. Full: COUNT_LOST_OWNER_MAP. */
 #define OWNERS MAP(OWNERS_FD)
 
 /* dials: thread (pid_tgid) -> struct dial. Hash. From a connect()'s entry to its exit. Full: COUNT_LOST_DIAL_MAP. */
 #define DIALS MAP(DIALS_FD)
 
-/* roomless: socket pointer -> u8. Hash. Client sockets that found the connection map full and were counted, until they
+/* roomless: socket pointer -> u8. Hash. Sockets that found the connection map full and were counted, until they
  * close: a place that becomes free meanwhile is not theirs, else one connection were both counted as lost and a row.
  * Full: of further ones that may be so, which `late_begin` tells. */
 #define ROOMLESS MAP(ROOMLESS_FD)
@@ -188,8 +192,12 @@ enum control {
 	CONTROL_NODE_NETNS,
 	CONTROL_NETNS_FILTER,
 	CONTROL_TRACED,	 /* enum traced */
-	CONTROL_CROWDED, /* the connection map was full once: `roomless` may hold something. Written by the programs */
+	CONTROL_CROWDED, /* enum crowded; written by the programs */
 	CONTROLS
+};
+enum crowded {
+	CROWDED = 1,	       /* the connection map was full once: `roomless` may hold something */
+	CROWDED_NOT_ALL_KNOWN, /* so was `roomless`: a second look (tracer.c) takes no beginnings any more */
 };
 enum traced {
 	TRACED_LOOPBACK = 1, /* INCLUDE_LOOPBACK */
@@ -214,13 +222,20 @@ enum mode {
  * NETNS_FILTER is not 0: 1, only the listed namespaces; 2, all but the listed. */
 #define NETNS_LIST MAP(NETNS_LIST_FD)
 
+static __always_inline struct tally *tally(void)
+{
+	__u32 slot = 0;
+
+	return bpf_map_lookup_elem_(TALLIES, &slot);
+}
+
 static __always_inline void count(__u32 which)
 {
-	__u64 *value = bpf_map_lookup_elem_(COUNTER_VALUES, &which);
+	struct tally *mine = tally();
 
 	/* Atomic although per-CPU: a softirq may interrupt a program in process context and count as well. */
-	if (value)
-		__sync_fetch_and_add(value, 1);
+	if (mine)
+		__sync_fetch_and_add(&mine->counters[which], 1);
 }
 
 static __always_inline __u64 control(__u32 which)

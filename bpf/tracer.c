@@ -30,6 +30,27 @@ int socket_state(__u64 *ctx)
 	return 0;
 }
 
+/* tp_btf/inet_sock_set_state, after socket_state: takes what the kernel has not shown to it. Attached where tracepoints
+ * may be preempted (7.0, a46023d5616e): a task that loses the CPU inside socket_state keeps it from seeing whatever this
+ * CPU does until that task goes on, a time slice or more. This one has a guard of its own. */
+int socket_state_again(__u64 *ctx)
+{
+	const void *sk = (const void *)ctx[0];
+	int old_state = ctx[1], new_state = ctx[2];
+
+	if (new_state == BPF_TCP_CLOSE || (new_state == BPF_TCP_ESTABLISHED && old_state == BPF_TCP_SYN_SENT)) {
+		if (has_not_moved(sk, new_state == BPF_TCP_CLOSE))
+			connection_moves(sk, old_state, new_state == BPF_TCP_CLOSE);
+	} else if (new_state == BPF_TCP_SYN_SENT) {
+		if (has_not_begun(sk))
+			connection_begins(sk);
+	} else if (ROLES & 1 << ROLE_SERVER && new_state == BPF_TCP_ESTABLISHED && old_state == BPF_TCP_SYN_RECV) {
+		if (has_not_begun(sk))
+			connection_accepted(sk);
+	}
+	return 0;
+}
+
 /* tp_btf/tcp_destroy_sock: a TCP socket is about to be freed. Why: the second chance for an end that socket_state
  * missed, and the reason why no entry leaks; since 4.16. Context: any. */
 int socket_destroyed(__u64 *ctx)

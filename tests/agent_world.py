@@ -23,6 +23,11 @@ PATIENCE_S = 300
 TABLES = Path("connections"), Path("coverage")
 
 
+def scaled(count: int) -> int:
+    """So many connections, or $VIP_TRACER_SCALE times fewer: in a guest, which emulates each instruction."""
+    return count // int(os.environ.get("VIP_TRACER_SCALE", "1"))
+
+
 class Agent:
     """A running ``vip-tracer agent``; `stop` ends it and reads its dataset."""
 
@@ -95,11 +100,11 @@ def _root() -> str:
 
 
 def rows(output: Path) -> pd.DataFrame:
-    """All published connection rows, as a user reads them."""
+    """All published connection rows, as a user reads them; null words are None, whatever pandas makes of them."""
     frame = pd.read_parquet(output / "connections")
     for column in frame.columns:
         if isinstance(frame[column].dtype, pd.CategoricalDtype):
-            frame[column] = frame[column].astype(object)
+            frame[column] = frame[column].astype(object).where(frame[column].notna(), None)
     return frame
 
 

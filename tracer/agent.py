@@ -20,6 +20,7 @@ from tracer.errors import TracerError
 from tracer.kernel import accounting, checks
 from tracer.kernel.capture import Capture, Options
 from tracer.kernel.mounts import host_cgroups
+from tracer.naming import IN_CLUSTER
 from tracer.operations import server, talk
 
 if TYPE_CHECKING:
@@ -46,9 +47,6 @@ SWEEP_S, OVERDUE = 60.0, 1.5
 CHECK_S, CHECK_SHARE = 60.0, 50.0
 #: The signals that end the agent in good order.
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
-
-#: What the kubelet tells every container where the API server is.
-IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
 
 Records = npt.NDArray[Any]
 

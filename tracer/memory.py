@@ -1,10 +1,11 @@
-"""What keeps the node process small: settings of the C library's allocator, and imports that it can do without.
+"""What keeps the node process small: settings of the allocators, and imports that it can do without.
 
 To be called before the process has a second thread and before pyarrow is imported; what each is worth stands in
 docs/decisions/024-memory.md.
 """
 
 import ctypes
+import os
 import sys
 
 # malloc.h
@@ -16,7 +17,8 @@ _STORES = ("pyarrow._s3fs", "pyarrow._gcsfs", "pyarrow._azurefs", "pyarrow._hdfs
 
 
 def save() -> None:
-    """One arena for all threads, large blocks by themselves, and no object stores in this process."""
+    """One arena for all threads, large blocks by themselves, Arrow's among them, and no object stores here."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc's; other C libraries go without
         libc.mallopt(_M_ARENA_MAX, 1)

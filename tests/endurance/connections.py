@@ -110,7 +110,7 @@ def main() -> None:
         f"{totals['opened']:,} connections, {totals['flows']:,} flows, {rounds.rows:,} rows, "
         f"{totals['checks']:,} checks ({wrong} wrong) in {time.monotonic() - began:,.0f} s"
     )
-    # Some 2 KB a round that none of the tracer's own structures holds (decisions/016): not found, so not left out.
+    # Caches of NumPy's and CPython's fill for a while (decisions/016).
     said = grown(taken, 8.0, allocated=1.0)
     if said:
         sys.exit("grew: " + "; ".join(said))

@@ -62,13 +62,13 @@ def test_the_nodes_own_settings_count_and_not_ours() -> None:
             "conntrack events",
             MISSING,
             "net.netfilter.nf_conntrack_events = 0: no translation would be seen",
-            "Turn them on: sysctl -w net.netfilter.nf_conntrack_events=2 (the default: on while somebody listens).",
+            "Turn them on: sysctl -w net.netfilter.nf_conntrack_events=1 (2 since Linux 5.19: while somebody listens).",
         )
         assert theirs["conntrack accounting"].state == OK
         assert [check.name for check in checks.missing(list(theirs.values()))] == ["conntrack events"]
         # Nothing is loaded where something is missing.
         assert [check.name for check in checks.examine(options)] == ["kernel", *NAMES]
-        with pytest.raises(TracerError, match=r"^This node cannot be traced:\n  conntrack events: .*=2 \(the default"):
+        with pytest.raises(TracerError, match=r"^This node cannot be traced:\n  conntrack events: .*=1 \(2 since"):
             checks.demand(options)
         node.sysctl({"net.netfilter.nf_conntrack_acct": 0})
         assert by_name(options)["conntrack accounting"].state == NOTE

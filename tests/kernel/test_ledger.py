@@ -67,7 +67,7 @@ def test_all_agrees_and_is_compared(cluster: Cluster) -> None:
 def test_all_agrees_under_load(cluster: Cluster) -> None:
     with Capture(options(cluster)) as capture:
         held = cluster.clients[0].hold(10, cluster.vip())["number"]
-        compared = []
+        compared = [agreed(capture).compared[Account.TRANSLATIONS]]
         busy = threading.Thread(target=cluster.clients[1].connect_many, args=(1500, cluster.vip(), 100, 100))
         busy.start()
         try:

@@ -105,7 +105,7 @@ def test_refusals_are_errors_with_the_maps_name() -> None:
         with pytest.raises(OSError, match="when making the BPF map 'vt_wrong'") as caught:
             libbpf.map_create(*arguments)
         assert caught.value.errno == errno.EINVAL
-    with pytest.raises(OSError, match="when reading a BPF map"):
+    with pytest.raises(OSError, match="when asking about a BPF map"):
         libbpf.map_items(0, KEY, VALUE)
     with pytest.raises(OSError, match="when opening the socket iterator"):
         libbpf.iter_create(0)

@@ -163,6 +163,6 @@ def test_a_namespace_that_went_away() -> None:
 def test_a_job_survives_the_socket() -> None:
     job = loader.Job(
         maps={"connections": 7}, switches={"ROLES": 3}, values={"RUN_ID": 1 << 15}, node_netns="/proc/1/ns/net",
-        cgroups=None, cache="/var/cache/programs",
+        cgroups=None, cache="/var/cache/programs", second_look=None,
     )  # fmt: skip
     assert loader.Job.decode(job.encode()) == job

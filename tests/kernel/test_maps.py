@@ -9,7 +9,7 @@ import pytest
 
 from tracer.errors import TracerError, UsageError
 from tracer.kernel import libbpf
-from tracer.kernel.maps import CONNECTION, CONTROL_PAUSE, TRANSLATION, Maps, Sizes
+from tracer.kernel.maps import CONNECTION, CONTROL_PAUSE, TALLY, TRANSLATION, Maps, Sizes
 from tracer.record import RECORD, TUPLE, Counter
 
 SMALL = Sizes(connections=100, translations=100, ring_bytes=1 << 16, listeners=10, namespaces=10)
@@ -99,10 +99,11 @@ def test_counters_are_summed_over_the_cpus() -> None:
     maps = Maps.create(SMALL)
     try:
         assert maps.counters_now() == {counter.name.lower(): 0 for counter in Counter}
-        per_cpu = np.arange(1, libbpf.possible_cpus() + 1, dtype="<u8")
-        libbpf.map_update(maps.counters, Counter.LOST_RING.to_bytes(4, "little"), per_cpu.tobytes())
+        per_cpu = np.zeros(libbpf.possible_cpus(), TALLY)
+        per_cpu["counters"][:, Counter.LOST_RING] = np.arange(1, len(per_cpu) + 1)
+        libbpf.map_update(maps.tallies, bytes(4), per_cpu.tobytes())
         totals = maps.counters_now()
-        assert totals.pop("lost_ring") == per_cpu.sum()
+        assert totals.pop("lost_ring") == per_cpu["counters"].sum()
         assert not any(totals.values())
     finally:
         maps.close()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from agent_world import agent, coverage, losses, rows
+from agent_world import agent, coverage, losses, rows, scaled
 from scenarios.truth import account, check, ends, lives
 
 from tracer.lab.cluster import Cluster
@@ -195,7 +195,7 @@ def test_socket_pointers_that_are_reused_at_once(cluster: Cluster, tmp_path: Pat
     """Of thousands, the kernel may not show the end of some: those are counted, none is mixed up."""
     with agent(cluster, tmp_path / "data"):
         for client in cluster.clients:
-            client.begin_connects(2_000, cluster.vip(), 0, 0)
+            client.begin_connects(scaled(2_000), cluster.vip(), 0, 0)
         ledger = np.concatenate([client.finish_connects() for client in cluster.clients])
         cluster.settle()
     table, report = rows(tmp_path / "data"), coverage(tmp_path / "data")
@@ -205,11 +205,11 @@ def test_socket_pointers_that_are_reused_at_once(cluster: Cluster, tmp_path: Pat
     shown = np.array([own in seen for own, _ in ends(ledger)])
     found = check(table, ledger[shown], cluster.servers)
     assert len(found) == len(table)
-    assert len(found) + report.lost_end.sum() == len(ledger) == 4_000
+    assert len(found) + report.lost_end.sum() == len(ledger) == scaled(4_000)
     assert losses(tmp_path / "data") == report.lost_end.sum()
     assert (set(found.nat), set(found.result)) == ({"dnat"}, {"ok"})
     assert (found.bytes_sent + found.bytes_received == 0).all()
-    assert report.opened.sum() + report.late_begin.sum() == 4_000
+    assert report.opened.sum() + report.late_begin.sum() == scaled(4_000)
     assert report.flows.sum() <= report.lost_end.sum()
 
 

@@ -1,22 +1,29 @@
 """UDP: a row per conntrack entry, with the process of connected sockets, and exactly the datagrams of both ledgers."""
 
+import mmap
 import os
 import socket
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
-from agent_world import agent, coverage, rows, until
+from agent_world import agent, coverage, rows, scaled, until
 from scenarios.truth import End, accepted, check, clean, ends, lives
 
+from tracer.kernel import capture as capture_module
+from tracer.kernel.capture import Capture, Options
 from tracer.lab import topology, wire
 from tracer.lab.cluster import Cluster
 from tracer.lab.topology import Conntrack, Pod
 from tracer.lab.traffic import Client, Ledger, Server
+from tracer.record import Role
 
 pytestmark = pytest.mark.needs("bpf", "netns", "conntrack", "iptables", "nft", "ipv6")
 
@@ -257,11 +264,11 @@ def test_five_thousand_flows_are_five_thousand_rows(tmp_path: Path) -> None:
         with_dns(cluster)
         with agent(cluster, tmp_path / "data"):
             with ThreadPoolExecutor(2) as both:
-                calls = [both.submit(client.datagrams, 2500, cluster.vip("dns"), SENDS, RECEIVES)
+                calls = [both.submit(client.datagrams, scaled(2500), cluster.vip("dns"), SENDS, RECEIVES)
                          for client in cluster.clients]  # fmt: skip
             await_the_end(cluster)
         table = rows(tmp_path / "data")
-        assert len(table) == clean(tmp_path / "data").flows == 5000
+        assert len(table) == clean(tmp_path / "data").flows == scaled(5000)
         assert table.conn_id.is_unique
         assert_all_are(table, role="client", protocol="udp", nat="dnat", snat_ip=None, opened=True, closed=True,
                        dst_ip=cluster.vip("dns")[0], dst_port=53, result=None)  # fmt: skip
@@ -420,7 +427,10 @@ def test_datagrams_that_nobody_answers(tmp_path: Path) -> None:
         with_dns(cluster)
         client = cluster.clients[0]
         with agent(cluster, tmp_path / "data"):
-            silent = client.datagrams(6, cluster.vip("dns"), SENDS, 0, times=3)
+            # One by one: what is sent at once may race (below).
+            held = client.datagrams(6, cluster.vip("dns"), SENDS, 0, keep=True)["number"]
+            silent = client.exchange(held, SENDS, 0, times=2)
+            client.release(held)
             for server in cluster.servers:
                 server.stop_listening()
             refused = client.datagrams(6, cluster.vip("dns"), SENDS, RECEIVES, connected=False, timeout=0.05)
@@ -432,6 +442,135 @@ def test_datagrams_that_nobody_answers(tmp_path: Path) -> None:
         assert_all_are(table, nat="dnat", bytes_received=0, packets_received=0, closed=True, result=None)
         check_flows(table[table.role == "client"], silent, cluster.servers)
         check_flows(table[table.role == "forwarded"], refused, cluster.servers, "forwarded")
+
+
+def send_and_close(where: End, count: int) -> list[int]:
+    """Datagrams of 1,400 bytes, each from a connected socket of its own, which is closed at once; their ports."""
+    found = []
+    for _ in range(count):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect(where)
+            found.append(int(sock.getsockname()[1]))
+            sock.send(wire.HEADER.pack(1400 - wire.HEADER.size, 0) + bytes(1400 - wire.HEADER.size))
+    return found
+
+
+def queue(pod: Pod, rate: str) -> None:
+    """All but the first of some large packets waits."""
+    token_bucket = ["tbf", "rate", rate, "burst", "1600", "limit", "100000"]
+    pod.netns.run(["tc", "qdisc", "add", "dev", "eth0", "root", *token_bucket])
+
+
+def test_sockets_that_are_closed_before_conntrack_sees_their_datagrams_own_their_flows(tmp_path: Path) -> None:
+    """As on loaded nodes, where softirqs wait: here a queue lets one of them out every 200 ms."""
+    with Cluster(backends=2, clients=1, conntrack=SHORT) as cluster:
+        with_dns(cluster)
+        pod, vip = cluster.client_pods[0], cluster.vip("dns")
+        queue(pod, "64kbit")
+        with agent(cluster, tmp_path / "data"):
+            sent = pod.netns.call(lambda: send_and_close(vip, 5))
+            until(lambda: len(accepted(cluster.servers)) == 5, "the datagrams to come")
+            await_the_end(cluster)
+        table = rows(tmp_path / "data")
+        assert len(table) == clean(tmp_path / "data").flows == 5
+        assert sorted(table.src_port) == sorted(sent)
+        assert_all_are(table, role="client", nat="dnat", pid=os.getpid(), packets_sent=1, closed=True)
+
+
+def test_owners_whose_datagrams_never_come_to_conntrack_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cluster(backends=1, clients=1, conntrack=SHORT) as cluster:
+        with_dns(cluster)
+        pod, vip = cluster.client_pods[0], cluster.vip("dns")
+        queue(pod, "8kbit")
+        with Capture(Options(node_netns=cluster.node.path)) as capture:
+            pod.netns.call(lambda: send_and_close(vip, 5))
+            pod.netns.run(["tc", "qdisc", "del", "dev", "eth0", "root"])
+            assert capture.maps.count("owners") == 5
+            await_the_end(cluster)
+            for left in (4, 4, 0, 0):  # that of the one that came went with its entry
+                if not left:
+                    monkeypatch.setattr(capture_module, "_QUEUED_NS", 0)
+                capture.reconcile()
+                assert capture.maps.count("owners") == left
+                assert capture.needs_reconciliation == (left > 0)
+
+
+def test_an_owner_whose_datagrams_never_came_is_not_the_next_ones(tmp_path: Path) -> None:
+    with Cluster(backends=1, clients=1, conntrack=SHORT) as cluster:
+        with_dns(cluster)
+        pod, (ip, port) = cluster.client_pods[0], cluster.vip("dns")
+        queue(pod, "8kbit")
+        with agent(cluster, tmp_path / "data"):
+            late = pod.netns.call(lambda: send_and_close((ip, port), 5))[-1]
+            pod.netns.run(["tc", "qdisc", "del", "dev", "eth0", "root"])
+            sends = (f"import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', {late})); "
+                     f"s.connect(('{ip}', {port})); s.send(bytes(20))")  # fmt: skip
+            pod.netns.run([sys.executable, "-c", sends])
+            await_the_end(cluster)
+        (row,) = rows(tmp_path / "data").query("src_port == @late").itertuples()
+        assert (row.role, row.nat) == ("client", "dnat")
+        assert row.pid not in (0, os.getpid())
+        assert row.comm.startswith("python")
+
+
+def test_late_datagrams_without_a_virtual_address_have_rows_when_the_tracer_stops() -> None:
+    with Cluster(backends=1, clients=1, conntrack=SHORT) as cluster:
+        with_dns(cluster)
+        pod = cluster.client_pods[0]
+        queue(pod, "64kbit")
+        with Capture(Options(node_netns=cluster.node.path)) as capture:
+            sent = pod.netns.call(lambda: send_and_close((cluster.backend_pods[0].ips[4], 5353), 4))
+            until(lambda: len(accepted(cluster.servers)) == 4, "the datagrams to come")
+            records: list[np.ndarray] = []
+            capture.stop(lambda: records.append(capture.drain()))
+            rows = np.concatenate(records)
+        assert sorted(rows["tuple"]["src_port"]) == sorted(sent)
+        assert set(rows["role"]) == {Role.CLIENT}
+        assert set(rows["pid"]) == {os.getpid()}
+
+
+def race(where: End, count: int) -> None:
+    """Two datagrams from each of so many connected sockets, sent by two processes at once, on two CPUs if there are."""
+    sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(count)]
+    with ExitStack() as closing, mmap.mmap(-1, mmap.PAGESIZE) as shared, memoryview(shared).cast("Q") as turn:
+        for sock in map(closing.enter_context, sockets):
+            sock.connect(where)
+        data = wire.HEADER.pack(SENDS - wire.HEADER.size, 0) + bytes(SENDS - wire.HEADER.size)
+        cpus = sorted(os.sched_getaffinity(0))
+        other = os.fork()
+        if not other:
+            os.sched_setaffinity(0, {cpus[-1]})
+            for place, sock in enumerate(sockets):
+                while turn[0] <= place:
+                    pass
+                sock.send(data)
+            os._exit(0)
+        try:
+            os.sched_setaffinity(0, {cpus[0]})
+            for place, sock in enumerate(sockets):
+                turn[0] = place + 1
+                sock.send(data)
+                time.sleep(0.001)
+        finally:
+            turn[0] = count  # so that the other ends, whatever happens here
+            os.sched_setaffinity(0, cpus)
+            assert os.waitpid(other, 0)[1] == 0
+
+
+def test_datagrams_that_race_through_conntrack_to_two_backends_are_two_rows(tmp_path: Path) -> None:
+    """As the two queries of a resolver: each CPU picks a backend, and conntrack does not announce the second entry."""
+    with Cluster(backends=3, clients=1, conntrack=SHORT) as cluster:
+        with_dns(cluster)
+        with agent(cluster, tmp_path / "data"):
+            cluster.client_pods[0].netns.call(lambda: race(cluster.vip("dns"), 100))
+            await_the_end(cluster)
+        table, seen = rows(tmp_path / "data"), accepted(cluster.servers)
+        assert len(table) == clean(tmp_path / "data").flows == len(seen)
+        assert_all_are(table, nat="dnat", opened=True, closed=True)
+        where = zip(table.src_ip, table.src_port, table.backend_ip, table.backend_port, strict=True)
+        assert {("udp", (client, port), (ip, backend)) for client, port, ip, backend in where} == seen
+        assert table.packets_sent.sum() == 200
+        assert len(seen) > 100 or len(os.sched_getaffinity(0)) == 1
 
 
 def test_what_was_there_before_the_start_is_counted_from_then(emptied: Cluster, tmp_path: Path) -> None:

@@ -204,3 +204,19 @@ def test_an_excluded_ipv6_network_leaves_ipv4_alone(tmp_path: Path) -> None:
         assert sorted(table.src_port) == sorted(ledgers[4]["local_port"])
         assert set(table.dst_ip) == {services[4][0]}
         clean(tmp_path / "data")
+
+
+@pytest.mark.parametrize("roles", ["forwarded", "forwarded,server"])
+def test_what_was_refused_to_a_client_of_this_node_was_not_forwarded(tmp_path: Path, roles: str) -> None:
+    """Although no row of the client's tells so: its socket claims the entry."""
+    with Cluster(backends=2, clients=1, outside=True) as cluster:
+        cluster.add_service("np", node_port=30000)
+        for server in cluster.servers:
+            server.stop_listening()
+        with agent(cluster, tmp_path / "data", "--roles", roles):
+            cluster.clients[0].connect_many(10, cluster.vip(), SENDS, RECEIVES)
+            ledger = cluster.outside_client.connect_many(5, cluster.node_port("np"), SENDS, RECEIVES)
+        table = rows(tmp_path / "data")
+        assert sorted(table.src_port) == sorted(ledger["local_port"])
+        assert set(table.role) == {"forwarded"}
+        assert clean(tmp_path / "data").withdrawn == 10

@@ -364,6 +364,18 @@ def test_with_the_probe_off_what_was_dialled_is_unknown_unless_conntrack_tells(
     assert (sums["undialled"], sums["unresolved"]) == (12, 6)
 
 
+def test_connections_left_out_are_not_counted_as_not_dialled(
+    cluster: Cluster, balancer: Balancer, tmp_path: Path
+) -> None:
+    client = cluster.clients[0]
+    with agent(cluster, tmp_path / "data", "--connect-probe", "off", "--exclude-cidr", f"{cluster.vip()[0]}/32"):
+        client.connect_many(6, cluster.vip(), SENDS, RECEIVES)
+        client.connect_many(3, VIRTUAL[4], SENDS, RECEIVES)
+        cluster.settle()
+    sums = account(tmp_path / "data")
+    assert (sums["opened"], sums["undialled"]) == (3, 3)
+
+
 def test_io_uring_connects_past_the_probe(cluster: Cluster, balancer: Balancer, tmp_path: Path) -> None:
     client = cluster.clients[0]
     with agent(cluster, tmp_path / "data", "--connect-probe", "on"):

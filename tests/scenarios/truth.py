@@ -19,6 +19,8 @@ CONSTANT = ["role", "protocol", "src_ip", "src_port", "dst_ip", "dst_port", "bac
             "snat_port", "nat"]  # fmt: skip
 SUMMED = ["bytes_sent", "bytes_received", "packets_sent", "packets_received", "ip_bytes_sent", "ip_bytes_received",
           "retransmits", "duration_us"]  # fmt: skip
+#: What `check` holds against the ledger.
+CHECKED = [*CONSTANT, "result", "bytes_sent", "bytes_received"]
 WORDS = {0: "ok", 104: "reset", 110: "timeout", 111: "refused", 113: "unreachable", 101: "unreachable", 125: "aborted"}
 
 #: What conntrack counts.
@@ -66,24 +68,28 @@ def proven(result: str) -> set[str | None]:
 
 
 def lives(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per connection: its rows added up; checks that they fit together."""
-    merged = []
-    for conn_id, rows in table.sort_values(["ts", "closed"]).groupby("conn_id"):
-        last = rows.iloc[-1]
-        for name in CONSTANT:
-            known = set(rows[name].dropna())
-            if name == "nat":
-                known -= {"unknown"}
-            assert len(known) <= 1, f"{conn_id} changes its {name}: {known}"
-        assert not rows.opened.iloc[1:].any(), f"{conn_id} begins twice"
-        assert not rows.closed.iloc[:-1].any(), f"{conn_id} goes on after its end"
-        begins = rows.ts.astype("int64") // 1000 - rows.duration_us.astype("int64")
-        gaps = (begins.iloc[1:].to_numpy() - rows.ts.astype("int64").to_numpy()[:-1] // 1000).tolist()
-        assert all(abs(gap) <= 1 for gap in gaps), f"{conn_id} has gaps or overlaps between its rows: {gaps} us"
-        life = {name: last[name] for name in table.columns} | {"rows": len(rows), "opened": bool(rows.opened.any())}
-        life |= {name: rows[name].sum(min_count=len(rows)) for name in SUMMED}
-        merged.append(life)
-    return pd.DataFrame(merged, columns=[*table.columns, "rows"])
+    """One row per connection, in the order of conn_id: its rows added up; checks that they fit together."""
+    table = table.sort_values(["conn_id", "ts", "closed"])
+    found = table.drop_duplicates("conn_id", keep="last").reset_index(drop=True).assign(rows=1)
+    several = table[table.conn_id.duplicated(keep=False)]
+    if several.empty:
+        return found
+    which = several.conn_id
+    for name in CONSTANT:
+        known = several[name].mask(several[name] == "unknown") if name == "nat" else several[name]
+        kinds = known.groupby(which).nunique()
+        assert (kinds <= 1).all(), f"{set(kinds.index[kinds > 1])} change their {name}"
+    first, last = ~which.duplicated(), ~which.duplicated(keep="last")
+    assert not (several.opened & ~first).any(), f"{set(which[several.opened & ~first])} begin twice"
+    assert not (several.closed & ~last).any(), f"{set(which[several.closed & ~last])} go on after their end"
+    told = several.ts.astype("int64") // 1000
+    gaps = (told - several.duration_us.astype("int64") - told.groupby(which).shift())[~first]
+    assert (gaps.abs() <= 1).all(), f"gaps or overlaps, in us: {dict(zip(which[~first], gaps, strict=True))}"
+    by, unknown = several.groupby("conn_id"), several[SUMMED].isna().groupby(which).any()
+    summed = by[SUMMED].sum().mask(unknown).assign(opened=by.opened.any(), rows=by.size())
+    found = found.set_index("conn_id", drop=False).rename_axis(None)
+    found.loc[summed.index, summed.columns] = summed
+    return found.reset_index(drop=True)
 
 
 def ends(ledger: Ledger) -> list[tuple[End, End]]:
@@ -119,16 +125,17 @@ def check(table: pd.DataFrame, ledger: Ledger, servers: Iterable[Server], *, rol
     The ledger is the clients' (several concatenated), its pairs of ends different from each other. Returns `lives`.
     """
     found = lives(table)
+    told = list(found[CHECKED].itertuples())
     log = accepted(servers)
     client_side = dict(zip(ends(ledger), ledger, strict=True))
     assert len(client_side) == len(ledger), "the ledger's ends repeat"
     keys = []
-    for life in found.itertuples():
+    for life in told:
         dialled = life.dst_ip, life.dst_port
         key = (life.src_ip, life.src_port), dialled
         keys.append(key if key in client_side else ((_unspecified(life.src_ip), life.src_port), dialled))
     assert sorted(keys) == sorted(client_side), "not the ledger's connections"
-    for life, key in zip(found.itertuples(), keys, strict=True):
+    for life, key in zip(told, keys, strict=True):
         row = client_side[key]
         assert life.role == role
         if life.protocol == "tcp" and role == "client":

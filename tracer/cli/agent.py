@@ -1,20 +1,26 @@
 """``vip-tracer agent``: the node process."""
 
 import signal
-from pathlib import Path
 from typing import Any
 
 import click
 
 from tracer import memory
-from tracer.cli.options import capture_from, capture_options, duration, log_option, names_options, node_option, size
+from tracer.cli.options import (
+    capture_from,
+    capture_options,
+    duration,
+    log_option,
+    names_options,
+    node_option,
+    path,
+    size,
+)
 from tracer.cli.signals import hold
 
 
 @click.command()
-@click.option(
-    "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="The dataset's directory."
-)
+@click.option("--output", type=path(directory=True), required=True, help="The dataset's directory.")
 @node_option
 @click.option("--rotate", type=duration, default="5m", show_default=True, help="Publish a file at least this often.")
 @click.option("--rotate-bytes", type=size, default="64MiB", show_default=True, help="Publish a file of this size.")
@@ -24,7 +30,7 @@ from tracer.cli.signals import hold
     help="Delete this node's oldest files, exported or not, beyond so many bytes; counted in coverage/. For a node "
     "without an exporter, which has an option of that name. Default: none.",
 )
-@click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Write this file once tracing.")
+@click.option("--ready-file", type=path(), help="Write this file once tracing.")
 @click.option(
     "--listen",
     metavar="ADDR:PORT",

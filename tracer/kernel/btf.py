@@ -27,6 +27,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("sock", "sk_err"),
     ("sock", "sk_protocol"),
     ("sock_common", "skc_flags"),
+    ("sock", "sk_wmem_alloc"),
     ("inet_sock", "inet_sport"),
     ("tcp_sock", "bytes_sent"),
     ("tcp_sock", "bytes_retrans"),
@@ -48,7 +49,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("socket", "sk"),
     ("socket", "state"),
 )
-_KIND_STRUCT, _KIND_UNION, _KIND_ENUM = 4, 5, 6
+_KIND_STRUCT, _KIND_UNION, _KIND_ENUM, _KIND_VARIABLE = 4, 5, 6, 14
 _KINDS_NAMED = {8, 9, 10, 11}  # typedef, volatile, const, restrict
 #: Types nest less deeply than this in any kernel; broken ones may go round in a circle.
 _DEEPEST = 32
@@ -166,3 +167,20 @@ def defines(path: Path = VMLINUX) -> dict[str, int]:
     finally:
         btf.close()
     return constants
+
+
+def are_tracepoints_preemptible(path: Path = VMLINUX) -> bool:
+    """Whether another task may take the CPU while a program runs on a tracepoint (7.0, a46023d5616e).
+
+    Since then a fast SRCU domain of their own protects them: types tell of its variable, per CPU, and of the counters
+    of fast domains. 6.1 and 6.12 have a variable of that name without those, 6.18 the counters without the variable.
+
+    Raises:
+        TracerError: no BTF.
+    """
+    btf = _Btf(path)
+    try:
+        domain = btf.find("tracepoint_srcu_srcu_data", _KIND_VARIABLE)
+        return domain is not None and btf.find("srcu_ctr", _KIND_STRUCT) is not None
+    finally:
+        btf.close()

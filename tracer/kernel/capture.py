@@ -12,7 +12,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from tracer.errors import TracerError
 from tracer.kernel import bridges, conntrack, handover, libbpf, mounts, netns, perf, witness
 from tracer.kernel.flows import Flows, are_flows
+from tracer.kernel.identity import Numbers, are_in, find, identity, without_zone
 from tracer.kernel.ledger import NOTHING, Agreement
 from tracer.kernel.loader import Job
 from tracer.kernel.maps import (
@@ -77,6 +78,12 @@ _EARLY = 0.25
 _CHECK_WALKS_S = 0.1
 #: A connect that has not been answered for so long hangs.
 _HANGS_NS = 1_000_000_000
+#: How long a closed socket's datagrams may wait for conntrack: a neighbour is asked for three times, a second each.
+_QUEUED_NS = 5_000_000_000
+#: How long the end waits for a record that is being written.
+_WRITING_NS = 5_000_000_000
+#: By then a connection has claimed its translation: a handshake without a packet lost takes less.
+_SETTLED_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,8 @@ class Options:
     """What is captured. Namespaces are given by path, networks as in "10.0.0.0/8".
 
     `connect_probe` is "on", "off", or "auto": on where a program rewrites addresses inside connect(). `cache` is where
-    compiled programs are kept for the next start; by default what $VIP_TRACER_CACHE says, or nowhere.
+    compiled programs are kept for the next start; by default what $VIP_TRACER_CACHE says, or nowhere. `second_look`:
+    whether a second program sees what the kernel does not show to the first; None: where the kernel often does not.
     """
 
     node_netns: str = netns.OWN
@@ -98,6 +106,7 @@ class Options:
     only_virtual: bool = False
     sizes: Sizes = field(default_factory=Sizes)
     cache: str | None = field(default_factory=lambda: os.environ.get("VIP_TRACER_CACHE") or None)
+    second_look: bool | None = None
     run_id: int = field(default_factory=lambda: random.getrandbits(16))
 
 
@@ -124,6 +133,7 @@ class Capture:
         self._outbox: list[npt.NDArray[Any]] = []
         self._probe: list[int] = []
         self._bridges: list[tuple[bridges.Network, int]] = []
+        self._unsent: dict[bytes, int] = {}
         self._cgroups: int | None = None
         self.dumped_s = self.checked_s = self.walked_s = 0.0
         self._checked_to = 0
@@ -190,6 +200,7 @@ class Capture:
             node_netns=self.options.node_netns.replace("thread-self", str(os.getpid())),
             cgroups=self._cgroups,
             cache=self.options.cache,
+            second_look=self.options.second_look,
         )
 
     def _say_what_is_traced(self) -> None:
@@ -315,7 +326,8 @@ class Capture:
             hand_over: drains the ring; called in between, so that all of them fit.
         """
         now, interval = _boot_ns(), round(self.options.interval_s * 1e9)
-        self._emit_all(now - interval, now - round(interval * (1 - _EARLY)), hand_over)
+        # The machine may not have run for so long.
+        self._emit_all(max(now - interval, 0), max(now - round(interval * (1 - _EARLY)), 0), hand_over)
         self.walked_s = (_boot_ns() - now) / 1e9
 
     def check(self, hand_over: Callable[[], object] = lambda: None) -> Agreement:
@@ -348,13 +360,19 @@ class Capture:
         self.sweep()
         self.reconcile(hand_over, stopping=True)
         # Detached before the last drain, so that nothing goes into a ring that nobody empties.
-        for name in ("socket_state", "socket_destroyed", "conntrack_socket"):
-            os.close(self._descriptors.pop(name))
+        for name in ("socket_state", "socket_state_again", "socket_destroyed", "conntrack_socket"):
+            if name in self._descriptors:
+                os.close(self._descriptors.pop(name))
         self._netlink.close()
         hand_over()
-        while self._flows.holds:
+        # A drain stops at a record that is still being written: where tracepoints may be preempted, by a task that has
+        # to get a CPU first.
+        until = _boot_ns() + _WRITING_NS
+        while self._flows.holds or (self.fill() > 0 and _boot_ns() < until):
             time.sleep(0.05)
             hand_over()
+        if self.fill() > 0:
+            _log.error("the ring still holds rows behind one that a program has been writing for 5 s: they are lost")
 
     def _emit_all(self, asked: int, due: int, hand_over: Callable[[], object]) -> None:
         """A row of every connection whose interval began at `due` or before (CLOCK_BOOTTIME), in each namespace that
@@ -376,7 +394,7 @@ class Capture:
         """Namespaces of connections whose interval began then or before; and of connects that hang, which no walk has
         met: so that they claim their translation before anybody takes it for another node's."""
         waiting: set[int] = set()
-        hanging = _boot_ns() - _HANGS_NS
+        hanging = max(_boot_ns() - _HANGS_NS, 0)
         for _, connections in libbpf.map_batches(self.maps.connections, SOCKET_KEY, CONNECTION):
             row = connections["row"]
             alone = (row["flags"] & Flag.ESTABLISHED == 0) & (row["visited"] == 0) & (row["ts"] <= hanging)
@@ -434,7 +452,7 @@ class Capture:
         Those are entries that a walk of their namespace does not meet. Only what has had no row for `overdue_s` is
         looked for: an open connection has one now and then. (One met 65,536 walks ago is left for the next time.)
         """
-        before = _boot_ns() - round(overdue_s * 1e9)
+        before = max(_boot_ns() - round(overdue_s * 1e9), 0)
         waiting = self._where_rows_wait(before)
         if not waiting:
             return
@@ -480,7 +498,7 @@ class Capture:
             TracerError: conntrack does not answer.
         """
         self._claim_datagrams()
-        earlier = _identity(*self._known())
+        earlier = self._known()
         began = _boot_ns()
         with netns.entered(self.options.node_netns):
             dumped = conntrack.dump(began, hand_over)
@@ -495,10 +513,14 @@ class Capture:
         self._remember_zones(entries["value"]["zone"])
         hand_over()  # so that no closing record is older than what is read now
         keys, values = self._translations()
-        known = _identity(keys, values["ct_id"])
-        listed = _identity(entries["key"], entries["value"]["ct_id"])
+        # A UDP socket that was closed before its entry was born did not claim it.
+        owned = identity(libbpf.map_items(self.maps.owners, TUPLE, OWNER)[0])
+        late = _unclaimed_datagrams(keys, values) & are_in(identity(without_zone(keys)), owned)
+        values["conn_id"][late] = CLAIM_DATAGRAM
+        known = identity(keys, values["ct_id"])
+        listed = identity(entries["key"], entries["value"]["ct_id"])
         # Also not what was known before the dump and is not now: it ended meanwhile.
-        missing = entries[~np.isin(listed, known) & ~np.isin(listed, earlier) & (not stopping)]
+        missing = entries[~are_in(listed, known) & ~are_in(listed, earlier) & (not stopping)]
         over = (missing["key"]["protocol"] == 6) & np.isin(missing["state"], (TCP_TIME_WAIT, TCP_CLOSE)) & starting
         missing["value"]["conn_id"][over] = CLAIM_OVER
         for key, value in zip(_elements(missing["key"], TUPLE), _elements(missing["value"], TRANSLATION), strict=True):
@@ -508,9 +530,10 @@ class Capture:
         self._look(entries, listed, keys, values, known, began, stopping)
         hand_over()
         # A table that was not wholly understood is no reason to forget anything.
-        gone = ~np.isin(known, listed) & (values["created"] <= began) & (not dumped.malformed)
+        gone = ~are_in(known, listed) & (values["created"] <= began) & (not dumped.malformed)
         self._remove(keys[gone], values[gone])
-        self._dumped_alive = bool(np.any(self._translations()[1]["source"] == NatSource.DUMP))
+        self._forget_owners(keys)
+        self._dumped_alive = any((values["source"] == NatSource.DUMP).any() for _, values in self._batches())
         self._kept, self._enobufs_then = self.maps.counters_now()["kept"], self.enobufs
         self.dumped_s = (_boot_ns() - began) / 1e9
 
@@ -522,14 +545,15 @@ class Capture:
         if not flows.any():
             return
         keys, values, known = keys[flows], values[flows], known[flows]
-        order = np.argsort(listed)
-        place = np.minimum(np.searchsorted(listed, known, sorter=order), max(len(listed) - 1, 0))
-        there = listed[order[place]] == known if len(listed) else np.zeros(len(known), np.bool_)
-        found, values = entries[order[place[there]]] if len(listed) else entries[:0], values[there]
+        place, there = find(listed, known)
+        found, values = entries[place[there]], values[there]
         records = self._flows.look(found, values, self._owners(found["key"], values), now, stopping)
         self._outbox.append(self._asked_for(records))
 
     def _remove(self, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+        # Of a socket whose role was not asked for no row tells that it has claimed the entry.
+        claimed = (values["ended"] > 0) & (values["conn_id"] > CLAIM_OVER)
+        self._flows.withdraw(keys[claimed], values["ct_id"][claimed])
         removed = np.zeros(len(keys), np.bool_)
         for place, key in enumerate(_elements(keys, TUPLE)):
             if values["ended"][place] and self._is_open(values["socket"][place], values["conn_id"][place]):
@@ -542,9 +566,7 @@ class Capture:
             keys, values = keys[removed], values[removed]
             owners = self._owners(keys, values)
             self._outbox.append(self._asked_for(self._flows.vanish(keys, values, owners, _boot_ns())))
-            released = keys[owners["released"] > 0]
-            released["zone"] = 0
-            for key in _elements(released, TUPLE):
+            for key in _elements(without_zone(keys[owners["released"] > 0]), TUPLE):
                 libbpf.map_delete(self.maps.owners, key)
 
     def _is_open(self, sk: np.uint64, conn_id: np.uint64) -> bool:
@@ -566,13 +588,21 @@ class Capture:
         """Whose UDP sockets they are: an array of OWNER, zero where they are nobody's."""
         owners = np.zeros(len(keys), OWNER)
         mine = np.flatnonzero(values["conn_id"] == CLAIM_DATAGRAM)
-        plain = keys[mine].copy()
-        plain["zone"] = 0
-        for place, key in zip(mine, _elements(plain, TUPLE), strict=True):
+        for place, key in zip(mine, _elements(without_zone(keys[mine]), TUPLE), strict=True):
             raw = libbpf.map_lookup(self.maps.owners, key, OWNER.itemsize)
             if raw:
                 owners[place] = np.frombuffer(raw, OWNER)[0]
         return owners
+
+    def _forget_owners(self, translations: npt.NDArray[Any]) -> None:
+        """Closed UDP sockets whose last datagram never came to conntrack, seen so for a while."""
+        keys, owners = libbpf.map_items(self.maps.owners, TUPLE, OWNER)
+        waits = (owners["released"] > 0) & ~are_in(identity(keys), identity(without_zone(translations)))
+        now = _boot_ns()
+        self._unsent = {key: self._unsent.get(key, now) for key in _elements(keys[waits], TUPLE)}
+        for key in [key for key, since in self._unsent.items() if now - since >= _QUEUED_NS]:
+            libbpf.map_delete(self.maps.owners, key)
+            del self._unsent[key]
 
     def _claim_datagrams(self) -> None:
         """Lets open UDP sockets claim their translations; without UDP there is nothing to walk for."""
@@ -589,20 +619,27 @@ class Capture:
 
     @property
     def needs_reconciliation(self) -> bool:
-        """Whether the map may hold entries whose end nobody will tell: from before the start, kept, or lost events."""
+        """Whether the maps may hold entries whose end nobody will tell: from before the start, kept, lost events, or
+        sockets whose datagrams never came."""
         self._read_socket_error()
         kept = self.maps.counters_now()["kept"]
-        return self._dumped_alive or kept != self._kept or self.enobufs != self._enobufs_then
+        return self._dumped_alive or kept != self._kept or self.enobufs != self._enobufs_then or bool(self._unsent)
 
     @property
     def has_flows(self) -> bool:
-        """Whether there are flows, to which only a dump gives interim rows and the time of their last packet."""
-        batches = libbpf.map_batches(self.maps.translations, TUPLE, TRANSLATION)
-        return any(bool((are_flows(values) | _unclaimed_datagrams(keys, values)).any()) for keys, values in batches)
+        """Whether there are flows, to which only a dump gives interim rows and the time of their last packet.
 
-    def _known(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        keys, values = self._translations()
-        return keys, values["ct_id"]
+        What is younger than a second may be a connection that its socket is about to claim.
+        """
+        before = max(_boot_ns() - _SETTLED_NS, 0)
+        return any(
+            ((are_flows(values) | _unclaimed_datagrams(keys, values)) & (values["created"] < before)).any()
+            for keys, values in self._batches()
+        )
+
+    def _known(self) -> Numbers:
+        parts = [identity(keys, values["ct_id"]) for keys, values in self._batches()]
+        return np.concatenate(parts, dtype=np.uint64)
 
     def _remember_zones(self, zones: npt.NDArray[np.uint16]) -> None:
         """Tells the programs of zones that only a dump has shown so far; as in bpf/conntrack.h, up to eight."""
@@ -614,7 +651,10 @@ class Capture:
                 slots[slot] = zone
                 libbpf.map_update(self.maps.zones, slot.to_bytes(4, "little"), zone.to_bytes(4, "little"))
 
-    def _translations(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def _batches(self) -> Iterator[libbpf.Pair]:
+        return libbpf.map_batches(self.maps.translations, TUPLE, TRANSLATION)
+
+    def _translations(self) -> libbpf.Pair:
         return libbpf.map_items(self.maps.translations, TUPLE, TRANSLATION)
 
 
@@ -651,13 +691,6 @@ def _elements(array: npt.NDArray[Any], kind: np.dtype[Any]) -> list[bytes]:
     """The bytes of each element, in the layout of `kind`: NumPy's copies may have turned big-endian fields."""
     data, size = np.ascontiguousarray(array, dtype=kind).tobytes(), kind.itemsize
     return [data[start : start + size] for start in range(0, len(data), size)]
-
-
-def _identity(keys: npt.NDArray[Any], ct_ids: npt.NDArray[Any]) -> npt.NDArray[np.bytes_]:
-    """Tuple and conntrack id as comparable bytes (the last byte is never zero, which NumPy would strip)."""
-    whole = np.empty(len(keys), np.dtype([("key", TUPLE), ("ct_id", "<u4"), ("end", "u1")]))
-    whole["key"], whole["ct_id"], whole["end"] = keys, ct_ids, 1
-    return whole.view(f"S{whole.dtype.itemsize}")
 
 
 def _read_to_end(walk: int) -> None:

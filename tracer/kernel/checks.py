@@ -108,7 +108,7 @@ def _conntrack_events() -> Check:
             name,
             MISSING,
             "net.netfilter.nf_conntrack_events = 0: no translation would be seen",
-            "Turn them on: sysctl -w net.netfilter.nf_conntrack_events=2 (the default: on while somebody listens).",
+            "Turn them on: sysctl -w net.netfilter.nf_conntrack_events=1 (2 since Linux 5.19: while somebody listens).",
         )
     return Check(name, OK, f"net.netfilter.nf_conntrack_events = {value}")
 

@@ -20,6 +20,7 @@ from tracer.kernel import btf, symbols
 #: The functions of bpf/tracer.c.
 PROGRAMS = (
     "socket_state",
+    "socket_state_again",
     "socket_destroyed",
     "socket_released",
     "conntrack_events",

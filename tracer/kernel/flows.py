@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tracer.kernel.identity import Numbers, are_in, identity
 from tracer.kernel.maps import CLAIM_DATAGRAM, OWNER
 from tracer.kernel.timeouts import TCP_CLOSE, TCP_ESTABLISHED, TCP_SYN_RECV, TCP_SYN_SENT, TCP_TIME_WAIT, Timeouts
 from tracer.record import RECORD, RESULT_OPEN, TUPLE, Flag, Nat, NatSource, Role
@@ -85,7 +86,6 @@ class Flows:
         self._next_id = run_id << 48 | 0xFFF << 36  # the kernel's ids have a CPU's number there
         self._known = _Table()
         self._held = np.empty(0, RECORD)
-        self._heard: list[Records] = []
         self.timeouts = Timeouts()
         self.withdrawn = 0
         self.untold = 0
@@ -96,14 +96,24 @@ class Flows:
         """A drained batch, with the flows among it made right; provisional ones are kept back."""
         of_flows = (records["role"] == Role.FORWARDED) | (records["tuple"]["protocol"] != TCP)
         provisional = (records["flags"] & Flag.PROVISIONAL) != 0
-        if len(self._held) or provisional.any():
-            claimed = (records["role"] == Role.CLIENT) & (records["ct_id"] != 0)
-            self._heard.append(records[claimed][["tuple", "ct_id"]])
+        if provisional.any():
+            self._held = np.concatenate((self._held, records[provisional]), dtype=RECORD)
+        if len(self._held):
+            claiming = records[(records["role"] == Role.CLIENT) & (records["ct_id"] != 0)]
+            self.withdraw(claiming["tuple"], claiming["ct_id"])
         if not of_flows.any():
             return records
-        self._held = np.concatenate((self._held, records[provisional]), dtype=RECORD)
         flows = records[of_flows & ~provisional]
         return np.concatenate((records[~of_flows], self._close(flows)), dtype=RECORD)
+
+    def withdraw(self, tuples: npt.NDArray[Any], ct_ids: npt.NDArray[Any]) -> None:
+        """A socket of this node has claimed these entries: what is held of them is no flow's.
+
+        Conntrack drops an entry before its socket hears of the refusal: a claim is never before what it claims.
+        """
+        claimed = are_in(_claim(self._held["tuple"], self._held["ct_id"]), _claim(tuples, ct_ids))
+        self.withdrawn += int(np.count_nonzero(claimed))
+        self._held = self._held[~claimed]
 
     @property
     def holds(self) -> bool:
@@ -121,11 +131,8 @@ class Flows:
         if not ripe.any():
             return np.empty(0, RECORD)
         records, self._held = self._held[ripe], self._held[~ripe]
-        heard = np.concatenate(self._heard) if self._heard else records[:0][["tuple", "ct_id"]]
-        if not len(self._held):
-            self._heard.clear()
-        free = ~np.isin(_claim(records["tuple"], records["ct_id"]), _claim(heard["tuple"], heard["ct_id"]))
-        for place in np.flatnonzero(free):
+        free = np.ones(len(records), np.bool_)
+        for place in range(len(records)):
             key = np.ascontiguousarray(records["tuple"][place : place + 1], TUPLE).copy()
             key["zone"] = records["ct_zone"][place]
             free[place] = unclaimed(key.tobytes(), int(records["ct_id"][place]))
@@ -145,9 +152,11 @@ class Flows:
         waited = self.timeouts.of(records["tuple"]["protocol"], records["ct_state"], records["ct_status"])
         waited = np.maximum(waited.astype(np.int64) - records["ct_left"], 0).astype(np.uint64) * np.uint64(_SECOND)
         end = records["ts"] - np.minimum(waited, records["ts"])
+        stood = records["ct_state"] == TCP_ESTABLISHED
         if known.any():
             state = self._known.rows[place[known]]
             mine = records[known]
+            stood[known] |= state["state"] == TCP_ESTABLISHED  # where DESTROY has no state
             # Where nothing is counted, nothing tells whether it went on after the last dump.
             idle = (mine["flags"] & Flag.COUNTED != 0) & (state["end"] > 0)
             idle &= mine["packets_sent"] + mine["packets_received"] == state["packets"]
@@ -166,7 +175,7 @@ class Flows:
         records["ts"] = np.clip(end, begin, records["ts"])
         records["duration_ns"] = records["ts"] - begin
         # Gone before a dump told what it had counted by then, or not moved since.
-        before = _over_before(records, created) | (records["nat_source"] == NatSource.DUMP) & ~known
+        before = _over_before(records, created, stood) | (records["nat_source"] == NatSource.DUMP) & ~known
         self.withdrawn += int(np.count_nonzero(before))
         kept: Records = records[~before]
         return kept
@@ -293,7 +302,7 @@ class Flows:
 
     def _own(self, records: Records, values: npt.NDArray[Any], owners: npt.NDArray[Any]) -> None:
         """The process and what it dialled, as bpf/flow.h does it."""
-        mine = (values["conn_id"] == CLAIM_DATAGRAM) & (owners["netns"] != 0)
+        mine = owners["netns"] != 0
         records["role"] = np.where(mine, int(Role.CLIENT), records["role"])
         records["netns"] = np.where(mine, owners["netns"], 0)
         process = mine & (owners["pid"] != 0)
@@ -327,27 +336,29 @@ class Flows:
         over = (keys["protocol"] != TCP) | np.isin(state["state"], (TCP_TIME_WAIT, TCP_CLOSE))
         state["end"] = np.maximum(np.where(over, state["end"], now), state["begin"])
         records = self._interim(entries, values, owners, state, np.ones(len(keys), np.bool_))
-        records = records[~_over_before(records, values["created"])]
+        records = records[~_over_before(records, values["created"], records["ct_state"] == TCP_ESTABLISHED)]
         self.untold += len(records)
         return records
 
 
-def _claim(tuples: npt.NDArray[Any], ct_id: npt.NDArray[Any]) -> npt.NDArray[np.bytes_]:
+def _claim(tuples: npt.NDArray[Any], ct_id: npt.NDArray[Any]) -> Numbers:
     """What a socket's row and a flow's record have in common: the source, and conntrack's id."""
-    whole = np.empty(len(tuples), np.dtype([("src", "V16"), ("port", ">u2"), ("ct_id", "<u4"), ("end", "u1")]))
-    whole["src"], whole["port"], whole["ct_id"], whole["end"] = tuples["src"], tuples["src_port"], ct_id, 1
-    return whole.view(f"S{whole.dtype.itemsize}")
+    sources = np.zeros(len(tuples), TUPLE)
+    sources["src"], sources["src_port"] = tuples["src"], tuples["src_port"]
+    return identity(sources, ct_id)
 
 
-def _over_before(records: Records, created: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+def _over_before(
+    records: Records, created: npt.NDArray[np.uint64], stood: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
     """Which closing records are of entries from before the tracer that had no packet since: no flows of ours.
 
-    Where nothing was counted, by the time of the last packet.
+    Where nothing was counted, by the time of the last packet. TCP that was seen established (`stood`) is one.
     """
     counted = records["flags"] & Flag.COUNTED != 0
     first = records["ts"] - records["duration_ns"] == created
     still = np.where(counted, records["packets_sent"] + records["packets_received"] == 0, records["duration_ns"] == 0)
-    stood = (records["tuple"]["protocol"] == TCP) & (records["ct_state"] == TCP_ESTABLISHED)
+    stood = stood & (records["tuple"]["protocol"] == TCP)
     before: npt.NDArray[np.bool_] = (records["nat_source"] == NatSource.DUMP) & first & still & ~stood
     return before
 

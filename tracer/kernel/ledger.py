@@ -11,20 +11,18 @@ same way both times counts. Pure comparison; reading is `tracer.kernel.witness`.
 """
 
 import enum
-import secrets
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from tracer.kernel.identity import Numbers, Which, are_in, find, identity, without_zone
 from tracer.kernel.maps import DIALLED_ANOTHER, DIALLED_UNKNOWN
 from tracer.kernel.sockets import ESTABLISHED, LISTEN
 from tracer.record import TUPLE, Flag, Nat, NatSource, Role
 
 Array = npt.NDArray[Any]
-Which = npt.NDArray[np.bool_]
-Numbers = npt.NDArray[np.uint64]
 
 
 class Account(enum.IntEnum):
@@ -61,8 +59,6 @@ DISAGREEMENT = np.dtype(
     ]
 )
 
-_IDENTITY = np.dtype([("tuple", TUPLE), ("number", "<u8")])
-_SEED, _ODD = np.uint64(secrets.randbits(64)), np.uint64(0x9E37_79B9_7F4A_7C15)
 _V4_LOOPBACK = bytes(10) + b"\xff\xff\x7f"
 _V6_LOOPBACK = bytes(15) + b"\x01"
 
@@ -160,13 +156,13 @@ def persisting(first: Look, second: Look) -> Agreement:
 def _translations(view: View) -> tuple[int, Array]:
     kept = view.values["ended"] > 0  # for their sockets, which conntrack's table knows nothing of
     keys, values = view.keys[~kept], view.values[~kept]
-    there = _identity(view.entries["key"], view.entries["value"]["ct_id"])
-    here = _identity(keys, values["ct_id"])
-    place, known = _find(here, there)
+    there = identity(view.entries["key"], view.entries["value"]["ct_id"])
+    here = identity(keys, values["ct_id"])
+    place, known = find(here, there)
     truth = view.entries["value"]
     wrong = known.copy()
     wrong[known] = _differ(values[place[known]], truth[known])
-    stale = ~_are_in(here, there) & view.whole
+    stale = ~are_in(here, there) & view.whole
     missing = _disagree(Account.TRANSLATIONS, How.MISSING, view.entries["key"][~known], truth["ct_id"][~known])
     _tell(missing, "there", truth["backend"][~known], truth["backend_port"][~known])
     old = _disagree(Account.TRANSLATIONS, How.STALE, keys[stale], values["ct_id"][stale])
@@ -192,12 +188,12 @@ def _connections(view: View, traced: Traced) -> tuple[int, Array]:
     rows = view.connections["row"]
     own = _own_view(view.connections)
     ports_known = rows["tuple"]["src_port"] != 0
-    here = _identity(own[ports_known], rows["netns"][ports_known])
+    here = identity(own[ports_known], rows["netns"][ports_known])
     listed = view.sockets["state"] != LISTEN
-    there = _identity(view.sockets["tuple"], view.sockets["netns"])
+    there = identity(view.sockets["tuple"], view.sockets["netns"])
 
     standing = np.flatnonzero(view.sockets["state"] == ESTABLISHED)
-    held = _are_in(there[standing], here)
+    held = are_in(there[standing], here)
     told = _to_be_held(view, traced, standing[~held], own[~ports_known], rows["netns"][~ports_known])
     found, unclear = (
         _disagree(Account.CONNECTIONS, how, lacking["tuple"], lacking["cookie"], lacking["netns"])
@@ -206,7 +202,7 @@ def _connections(view: View, traced: Traced) -> tuple[int, Array]:
 
     # Those of namespaces that were not walked may well be there.
     stale = (rows["flags"] & Flag.ESTABLISHED != 0) & ports_known & np.isin(rows["netns"], list(view.walked))
-    stale[stale] = ~_are_in(_identity(own[stale], rows["netns"][stale]), there[listed])
+    stale[stale] = ~are_in(identity(own[stale], rows["netns"][stale]), there[listed])
     old = rows[stale]
     gone = _disagree(Account.CONNECTIONS, How.STALE, own[stale], old["conn_id"], old["netns"])
     compared = int(np.count_nonzero(held)) + len(found) + len(gone)
@@ -254,8 +250,8 @@ def _to_be_held(
         wanted &= ~(_is_loopback(sockets["tuple"]["dst"]) | _is_loopback(sockets["tuple"]["src"]))
     without = sockets["tuple"].copy()
     without["src_port"] = 0
-    wanted &= ~_are_in(_identity(without, sockets["netns"]), _identity(vague, netns))
-    dialled = _are_in(_plain(sockets["tuple"]), _plain(view.entries["key"]))
+    wanted &= ~are_in(identity(without, sockets["netns"]), identity(vague, netns))
+    dialled = are_in(_plain(sockets["tuple"]), _plain(view.entries["key"]))
     if traced.servers:
         return sockets[wanted], sockets[:0]
     replies = view.entries["key"].copy()
@@ -264,7 +260,7 @@ def _to_be_held(
     listening = view.sockets[view.sockets["state"] == LISTEN]
     ports = listening["netns"].astype(np.uint64) << np.uint64(16) | listening["tuple"]["src_port"]
     port = sockets["netns"].astype(np.uint64) << np.uint64(16) | sockets["tuple"]["src_port"]
-    accepted = ~dialled & (_are_in(_plain(sockets["tuple"]), _plain(replies)) | _are_in(port, ports))
+    accepted = ~dialled & (are_in(_plain(sockets["tuple"]), _plain(replies)) | are_in(port, ports))
     return sockets[wanted & dialled], sockets[wanted & ~dialled & ~accepted]
 
 
@@ -284,10 +280,10 @@ def _backends(view: View) -> tuple[int, Array]:
     row = row[rows]
     keys = row["tuple"].copy()
     keys["zone"] = row["ct_zone"]
-    place, known = _find(_plain(view.entries["key"], zones=True), _plain(keys, zones=True))
+    place, known = find(_plain(view.entries["key"], zones=True), _plain(keys, zones=True))
     row, entries = row[known], view.entries[place[known]]
     truth = entries["value"]
-    held_at, held = _find(_identity(view.keys, view.values["ct_id"]), _identity(entries["key"], truth["ct_id"]))
+    held_at, held = find(identity(view.keys, view.values["ct_id"]), identity(entries["key"], truth["ct_id"]))
     claim = np.zeros(len(row), np.uint64)
     born = np.zeros(len(row), np.uint64)
     claim[held], born[held] = view.values["conn_id"][held_at[held]], view.values["created"][held_at[held]]
@@ -332,42 +328,9 @@ def _comparable(array: Array) -> npt.NDArray[np.bytes_]:
     return whole.view(f"S{whole.dtype.itemsize}")
 
 
-def _identity(tuples: Array, numbers: Array) -> Numbers:
-    """A tuple and a number (conntrack's id, a namespace) as 64 bits that are others for others.
-
-    Sorted and compared thirty times faster than the bytes themselves. That two of 100,000 have the same is as likely as
-    one in some thousand million, and nobody can arrange it: the seed is this process's own.
-    """
-    whole = np.zeros(len(tuples), _IDENTITY)
-    whole["tuple"], whole["number"] = tuples, numbers
-    mixed = np.full(len(whole), _SEED, np.uint64)
-    for word in whole.view("<u8").reshape(len(whole), _IDENTITY.itemsize // 8).T:
-        mixed = (mixed ^ word) * _ODD
-        mixed ^= mixed >> np.uint64(29)
-    return mixed
-
-
 def _plain(tuples: Array, zones: bool = False) -> Numbers:
-    """The same of a tuple alone; whatever its zone, unless `zones` count."""
-    plain = tuples.copy()
-    if not zones:
-        plain["zone"] = 0
-    return _identity(plain, np.zeros(len(plain), np.uint64))
-
-
-def _find(among: Numbers, wanted: Numbers) -> tuple[npt.NDArray[np.int64], Which]:
-    """(place, whether it is there) of each of the wanted."""
-    if not len(among):
-        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
-    order = np.argsort(among)
-    ordered = among[order]
-    place = np.minimum(np.searchsorted(ordered, wanted), len(among) - 1)
-    return order[place], ordered[place] == wanted
-
-
-def _are_in(wanted: Numbers, among: Numbers) -> Which:
-    """As np.isin, which is slower by a lot."""
-    return _find(among, wanted)[1]
+    """A tuple alone; whatever its zone, unless `zones` count."""
+    return identity(tuples if zones else without_zone(tuples))
 
 
 def _is_loopback(addresses: Array) -> Which:

@@ -149,11 +149,16 @@ def map_batches(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> 
 
 def map_items(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> Pair:
     """All elements of a hash map at once; see `map_batches`."""
-    parts = [(keys.copy(), values.copy()) for keys, values in map_batches(fd, key_type, value_type)]
-    return (
-        np.concatenate([keys for keys, _ in parts], dtype=key_type),
-        np.concatenate([values for _, values in parts], dtype=value_type),
-    )
+    # Room for as many as the map may have: pages that nothing is written to cost nothing.
+    room = map_info(fd).max_entries
+    keys, values, count = np.empty(room, key_type), np.empty(room, value_type), 0
+    for some_keys, some_values in map_batches(fd, key_type, value_type):
+        end = count + len(some_keys)
+        if end > len(keys):  # one that was deleted and inserted meanwhile may be there twice
+            keys, values = np.resize(keys, 2 * end), np.resize(values, 2 * end)
+        keys[count:end], values[count:end] = some_keys, some_values
+        count = end
+    return keys[:count], values[:count]
 
 
 def map_count(fd: int, key_type: np.dtype[Any], value_type: np.dtype[Any]) -> int:
@@ -167,6 +172,7 @@ class MapInfo(NamedTuple):
     name: str
     key_size: int
     value_size: int
+    max_entries: int
 
 
 def map_by_id(number: int) -> int:
@@ -194,8 +200,8 @@ def map_info(fd: int) -> MapInfo:
     if library().bpf_obj_get_info_by_fd(fd, info, ctypes.byref(length)) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{os.strerror(code)} when asking about a BPF map")
-    _, _, key_size, value_size, _, _, name = _MAP_INFO.unpack(info.raw)
-    return MapInfo(name.split(b"\0")[0].decode(errors="replace"), key_size, value_size)
+    _, _, key_size, value_size, max_entries, _, name = _MAP_INFO.unpack(info.raw)
+    return MapInfo(name.split(b"\0")[0].decode(errors="replace"), key_size, value_size, max_entries)
 
 
 def iter_create(link: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tracer.errors import TracerError
-from tracer.kernel import compiler, libbpf, netns, symbols
+from tracer.kernel import btf, compiler, libbpf, netns, symbols
 
 #: Names of the descriptors that are handed over: sockets, links (named as their program), programs, directories.
 DESCRIPTORS = (
@@ -28,15 +28,16 @@ DESCRIPTORS = (
     "connect_enters_program",
     "connect_exits_program",
 )
-#: Those that a node without cgroup v2 is without.
-OPTIONAL = ("socket_released", "socket_released_program")
+#: What a node without cgroup v2 is without, and one whose tracepoints are not preemptible.
+OPTIONAL = ("socket_released", "socket_released_program", "socket_state_again", "socket_state_again_program")
 
 # include/uapi/linux/netfilter/nfnetlink_compat.h: NF_NETLINK_CONNTRACK_NEW, NF_NETLINK_CONNTRACK_DESTROY
 _GROUP_NEW, _GROUP_DESTROY = 1 << 0, 1 << 2
 _NETLINK_NETFILTER = 12
 _SO_ATTACH_BPF = 50
-#: (program, tracepoint). The one that only catches what the other missed comes last.
+#: (program, tracepoint). What only catches what the first missed comes after it.
 _TRACEPOINTS = (("socket_state", "inet_sock_set_state"), ("socket_destroyed", "tcp_destroy_sock"))
+_SECOND_LOOK = (("socket_state_again", "inet_sock_set_state"),)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Job:
     node_netns: str  # path of the node's network namespace
     cgroups: int | None  # descriptor of the root of the cgroup tree, inherited; None: there is none
     cache: str | None  # where compiled programs are kept
+    second_look: bool | None  # whether what one program misses is looked at by another; None: where that happens
 
     def encode(self) -> bytes:
         """For the socket."""
@@ -86,7 +88,9 @@ def load(job: Job) -> dict[str, int]:
     compiled = compiler.programs(job.switches, None if job.cache is None else Path(job.cache))
     code = {name: symbols.resolve(text, job.maps, job.values) for name, text in compiled.items()}
     found = {}
-    for name, where in _TRACEPOINTS:
+    again = btf.are_tracepoints_preemptible() if job.second_look is None else job.second_look
+    tracepoints = _TRACEPOINTS + _SECOND_LOOK if again else _TRACEPOINTS
+    for name, where in tracepoints:
         found[f"{name}_program"] = libbpf.load_tracepoint(name, code[name], where)
     for name in ("connect_enters", "connect_exits"):
         found[f"{name}_program"] = libbpf.load_program(libbpf.PROG_TYPE_TRACEPOINT, name, code[name])
@@ -101,7 +105,7 @@ def load(job: Job) -> dict[str, int]:
         program = libbpf.load_program(libbpf.PROG_TYPE_CGROUP_SOCK, name, code[name], release)
         found[f"{name}_program"] = program
         found[name] = libbpf.attach_cgroup(program, job.cgroups, release)
-    for name, _ in _TRACEPOINTS:
+    for name, _ in tracepoints:
         found[name] = libbpf.attach_tracepoint(found[f"{name}_program"])
     return found
 

@@ -104,6 +104,8 @@ FILLING = {
     "listeners": (SOCKET_KEY, np.dtype("u1")),
     "dials": (SOCKET_KEY, np.dtype(f"V{DIAL_BYTES}")),
 }
+#: `struct tally`, of each CPU.
+TALLY = np.dtype([("sequence", "<u8"), ("counters", "<u8", (len(Counter),))])
 #: `struct network`: a prefix length in bits, and an IPv6 or v4-mapped address.
 NETWORK = np.dtype([("length", "<u4"), ("address", "V16")])
 
@@ -179,7 +181,7 @@ class Sizes:
             + hash_map(self.roomless, 8, 1)
             + hash_map(self.namespaces, 4, 1)
             + self.ring_bytes
-            + cpus * 8 * (len(Counter) + 1)
+            + cpus * TALLY.itemsize
         )
 
 
@@ -190,8 +192,7 @@ class Maps:
     connections: int
     translations: int
     records: int
-    counters: int
-    sequence: int
+    tallies: int
     control: int
     listeners: int
     netns_list: int
@@ -214,8 +215,7 @@ class Maps:
             "connections": (hash_map, 8, CONNECTION.itemsize, sizes.connections),
             "translations": (hash_map, TUPLE.itemsize, TRANSLATION.itemsize, sizes.translations),
             "records": (libbpf.MAP_TYPE_RINGBUF, 0, 0, sizes.ring_bytes),
-            "counters": (percpu, 4, 8, len(Counter)),
-            "sequence": (percpu, 4, 8, 1),
+            "tallies": (percpu, 4, TALLY.itemsize, 1),
             "control": (array, 4, 8, CONTROLS),
             "listeners": (hash_map, 8, 1, sizes.listeners),
             "netns_list": (hash_map, 4, 1, sizes.namespaces),
@@ -258,8 +258,6 @@ class Maps:
 
     def counters_now(self) -> dict[str, int]:
         """Totals since the start by counter name in lower case, summed over the CPUs."""
-        totals = {}
-        for counter in Counter:
-            raw = libbpf.map_lookup(self.counters, counter.to_bytes(4, "little"), 8 * libbpf.possible_cpus())
-            totals[counter.name.lower()] = int(np.frombuffer(raw or b"", np.uint64).sum())
-        return totals
+        raw = libbpf.map_lookup(self.tallies, bytes(4), TALLY.itemsize * libbpf.possible_cpus())
+        totals = np.frombuffer(raw or b"", TALLY)["counters"].sum(axis=0)
+        return {counter.name.lower(): int(totals[counter]) for counter in Counter}
