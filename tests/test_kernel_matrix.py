@@ -37,11 +37,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def changed(root: Path, name: str) -> bool:
-    """Whether the digest is another after a change of that file."""
+def changed(root: Path, name: str, change: str = "j = 1;") -> bool:
+    """Whether the digest is another after such a line was added to that file."""
     before = depends.digest(TEST, root)
     with open(root / name, "a", encoding="utf-8") as file:
-        file.write("# a change\n")
+        file.write(f"{change}\n")
     return depends.digest(TEST, root) != before
 
 
@@ -56,6 +56,16 @@ def test_a_result_depends_on_what_the_test_runs(root: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["tests/other.py", "tracer/analysis/report.py", "tracer/__init__.py"])
 def test_a_result_does_not_depend_on_the_rest(root: Path, name: str) -> None:
     assert not changed(root, name)
+
+
+def test_a_result_does_not_depend_on_comments_and_docstrings(root: Path) -> None:
+    assert not changed(root, "tests/world.py", "# a comment\n\n")
+    assert changed(root, "tests/world.py", "def world() -> int:\n    return 1")
+    assert not changed(root, "tests/world.py", "# and")
+    (root / "tracer/clock.py").write_text('"""Said."""\ndef now():\n    "Of the day."\n    return 1\n')
+    before = depends.digest(TEST, root)
+    (root / "tracer/clock.py").write_text('"""Said otherwise."""\n\n\ndef now():\n    return 1\n')
+    assert depends.digest(TEST, root) == before
 
 
 def test_real_scenarios_need_no_report_but_those_that_report() -> None:

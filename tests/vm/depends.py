@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: What runs in processes that a test starts, without an import that shows.
 STARTED = ("tests/conftest.py", "tracer/agent.py", "tracer/cli/agent.py", "tracer/kernel/loader.py", "tracer/lab/*.py",
            "bpf/**/*.[ch]")  # fmt: skip
+#: What may have a docstring.
+_DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 
 
 def files(test: str, root: Path = ROOT) -> list[str]:
@@ -28,11 +30,21 @@ def files(test: str, root: Path = ROOT) -> list[str]:
 
 
 def digest(test: str, root: Path = ROOT) -> str:
-    """Of all their content."""
+    """Of all that they do: comments, docstrings and layout of Python are left out."""
     whole = hashlib.sha256()
     for name in files(test, root):
-        whole.update(name.encode() + b"\0" + hashlib.sha256((root / name).read_bytes()).digest())
+        content = (root / name).read_bytes()
+        whole.update(name.encode() + b"\0" + (_meaning(content) if name.endswith(".py") else content))
     return whole.hexdigest()[:16]
+
+
+@functools.cache
+def _meaning(source: bytes) -> bytes:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree).encode()
 
 
 @functools.cache

@@ -16,10 +16,15 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import agent_world
-import pyarrow.parquet  # noqa: F401  the agent imports it
+import pyarrow.parquet  # noqa: F401  the agent imports it, and the rest of these
 
 import tracer.agent
 import tracer.kernel.loader
+import tracer.naming.live
+import tracer.naming.watch
+import tracer.operations.vitals
+import tracer.store.coverage
+import tracer.store.writer
 from tracer.cli import main
 from tracer.kernel import handover
 

@@ -12,6 +12,7 @@ import agent_world
 import pytest
 from agent_world import agent, losses, rows
 
+from tracer.kernel import btf
 from tracer.lab.cluster import Cluster
 
 pytestmark = pytest.mark.needs("bpf", "netns", "conntrack", "iptables")
@@ -33,6 +34,11 @@ def test_doctor_finds_everything() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "MISSING" not in done.stdout
     assert os.uname().release in done.stdout
+
+
+def test_a_second_look_is_only_where_tracepoints_may_be_preempted() -> None:
+    major = int(os.uname().release.partition(".")[0])
+    assert btf.are_tracepoints_preemptible() == (major >= 7)
 
 
 def test_an_agent_traces(tmp_path: Path) -> None:
