@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import http.server
 import random
+import select
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,8 @@ AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZ
 #: Another account's, so to say.
 WRONG_KEY = "d3Jvbmc" * 12 + "d3I="
 BUCKET = "metrics"
+#: A network that fails drops a connection on which nothing comes for so long.
+SILENT_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Server:
     """A server with an empty bucket `BUCKET`; `address` makes the address of a place in it, by way of a port.
 
     `refusing` makes the address of a place by which it lets nobody in, for as long as that is entered; None: it cannot.
-    `reads_within`: it serves reads that begin in the middle of an object, by which readers go on after a cut. Google's
-    emulator does not, so that its clients wait.
+    `reads_within`: it serves reads that begin in the middle of an object, which Google's emulator does not. `faults`:
+    the share of connections that a network may fail, and how many at the most: clients of Google's and Azure's try
+    again by themselves, some seconds apart, and Arrow has no option for that.
     """
 
     port: int
@@ -45,6 +49,7 @@ class Server:
     filesystem: Any
     refusing: Callable[[str], contextlib.AbstractContextManager[str]] | None = None
     reads_within: bool = True
+    faults: tuple[float, int] = (0.25, 100)
 
     def place(self, where: str, port: int | None = None) -> str:
         return self.address(where, port or self.port)
@@ -112,7 +117,7 @@ def gcs() -> Iterator[Server]:
     port = server._api._httpd.server_address[1]
     try:
         client, _ = fs.FileSystem.from_uri(_gcs_address(BUCKET, port))
-        yield Server(port, _gcs_address, client, reads_within=False)
+        yield Server(port, _gcs_address, client, reads_within=False, faults=(1.0, 3))
     finally:
         server.stop()
 
@@ -141,6 +146,7 @@ def azure(directory: Path) -> Iterator[Server]:
                 _azure_address,
                 client,
                 lambda where: contextlib.nullcontext(_azure_address(where, port, WRONG_KEY)),
+                faults=(0.25, 3),
             )
         finally:
             process.kill()
@@ -168,13 +174,17 @@ def free_port() -> int:
 
 
 class Faults:
-    """A proxy that lets some connections pass, and cuts others after some bytes or answers them with 500."""
+    """A proxy that cuts connections after some bytes, or answers them with 500, until it did so `most` times.
 
-    def __init__(self, target: int, share: float, seed: int = 7) -> None:
+    `share` of the connections soon, the others after 120 KB. It cuts what is silent for a second, too, as Azure's
+    client is when it was cut within an upload on a connection that it had used before: it sends only the rest again.
+    """
+
+    def __init__(self, target: int, share: float, most: int, seed: int = 7) -> None:
         self._target, self._random = target, random.Random(seed)
-        self.share, self.cut, self.refused = share, 0, 0
+        self._share, self._most = share, most
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.port = int(self._listener.getsockname()[1])
+        self.port, self.did = int(self._listener.getsockname()[1]), 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> "Faults":
@@ -187,31 +197,36 @@ class Faults:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                fault = self._random.random() < self.share
-                kind = self._random.choice(("cut", "refuse")) if fault else "pass"
-                limit = self._random.randrange(1, 20_000) if kind == "cut" else 120_000
+                client.settimeout(SILENT_S)
+                fault = self._random.random() < self._share
+                kind = self._random.choice((self._refuse, self._pass)) if fault else self._pass
+                limit = self._random.randrange(1, 20_000) if fault else 120_000
                 threading.Thread(target=self._serve, args=(client, kind, limit), daemon=True).start()
 
-    def _serve(self, client: socket.socket, kind: str, limit: int) -> None:
+    def _serve(self, client: socket.socket, kind: Callable[[socket.socket, int], None], limit: int) -> None:
         with contextlib.suppress(OSError), client:
-            if kind == "refuse":
-                client.recv(65_536)
-                self.refused += 1
-                client.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                return
-            with socket.create_connection(("127.0.0.1", self._target)) as server:
-                budget = [limit]
-                other = threading.Thread(target=self._pump, args=(server, client, budget), daemon=True)
-                other.start()
-                self._pump(client, server, budget)
-                other.join()
-            self.cut += budget[0] <= 0
+            kind(client, limit)
 
-    def _pump(self, source: socket.socket, sink: socket.socket, budget: list[int]) -> None:
-        with contextlib.suppress(OSError):
-            while budget[0] > 0 and (data := source.recv(4096)):
-                budget[0] -= len(data)
-                sink.sendall(data)
-        for each in (source, sink) if budget[0] <= 0 else (sink,):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR if budget[0] <= 0 else socket.SHUT_WR)
+    def _fails(self) -> bool:
+        fails = self.did < self._most
+        self.did += fails
+        return fails
+
+    def _refuse(self, client: socket.socket, limit: int) -> None:
+        if self._fails():
+            client.recv(65_536)
+            client.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        else:
+            self._pass(client, limit)
+
+    def _pass(self, client: socket.socket, limit: int) -> None:
+        with socket.create_connection(("127.0.0.1", self._target), timeout=SILENT_S) as server:
+            other = {client: server, server: client}
+            while ready := select.select(other, (), (), SILENT_S)[0]:
+                for source in ready:
+                    if not (data := source.recv(4096)):
+                        return
+                    other[source].sendall(data)
+                    limit -= len(data)
+                if limit <= 0 and self._fails():
+                    return

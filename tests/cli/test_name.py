@@ -167,3 +167,7 @@ def test_a_watch_that_breaks_afterwards_is_no_error(tmp_path: Path, config: Path
     done = run("name", tmp_path / "data", "--kubeconfig", config)
     assert done.returncode == 0, done.stderr
     assert read(path) == [NAMED | HERE]
+
+
+def test_outside_a_pod_somebody_must_say_whose_names(tmp_path: Path) -> None:
+    assert "--kubeconfig FILE, or from a saved --snapshot FILE" in sentence(run("name", tmp_path), 2)

@@ -316,3 +316,17 @@ def test_a_damaged_or_unwritable_ledger(tmp_path: Path) -> None:
     (here / ".export").write_text("not a directory")
     with pytest.raises(TracerError, match="cannot keep what is exported"):
         export(here, there)
+
+
+@pytest.mark.parametrize("where", ["itself", "below", "linked", "address"])
+def test_a_dataset_is_not_exported_into_itself(where: str, tmp_path: Path) -> None:
+    """What is there already would be found, and deleted here as exported."""
+    here = tmp_path / "here"
+    dataset(here, rows(10))
+    before = sorted(path for path in here.rglob("*.parquet"))
+    (tmp_path / "link").symlink_to(here)
+    to = {"itself": here, "below": here / "some" / "where", "linked": tmp_path / "link", "address": f"file://{here}"}
+    said = sentence(run("export", here, to[where], "--keep", "1s"), 2)
+    assert "choose a directory elsewhere" in said
+    assert sorted(path for path in here.rglob("*.parquet")) == before
+    assert not (here / "some").exists()

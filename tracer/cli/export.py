@@ -10,8 +10,8 @@ from tracer.cli import options
 
 
 @click.command()
-@click.argument("root", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("destination")
+@click.argument("root", type=options.path(exists=True, directory=True))
+@click.argument("destination", type=options.place)
 @click.option("--schedule", metavar="CRON", help="Again and again: '*/15 * * * *', in UTC. Default: once.")
 @click.option("--names", type=click.Choice(["ecs", "otel", "ipfix"]), help="Call the columns as this standard does.")
 @click.option("--bandwidth", type=options.size, metavar="SIZE", help="At most so many bytes a second, as in 20MiB.")
@@ -52,7 +52,7 @@ def export(root: Path, destination: str, schedule: str | None, **values: Any) ->
     stop = rounds.Stop(values["grace"] if times else 0.0)
     identity = " ".join(filter(None, [places.identity_of(destination), chosen.standard]))
     with ledger.opened(root, identity) as entries, rounds.signals(stop):
-        reach = partial(places.reached, destination)
+        reach = partial(places.reached, destination, root)
         exporter = Exporter(root, reach, entries, chosen, Pace(values["bandwidth"]), stopped=stop)
         if times:
             rounds.rounds(exporter, root, times, stop)

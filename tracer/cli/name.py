@@ -1,5 +1,6 @@
 """``vip-tracer name``: names for the rows of a dataset afterwards, and snapshots of names."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import click
 
 from tracer.cli import options
 from tracer.errors import NoDataError, TracerError, UsageError
+from tracer.naming import IN_CLUSTER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,20 +23,20 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("dataset", type=click.Path(path_type=Path, exists=True, file_okay=False), required=False)
+@click.argument("dataset", type=options.path(exists=True, directory=True), required=False)
 @click.option(
     "--kubeconfig",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=options.path(exists=True),
     help="Ask the API server of this file's current context: services, endpoints, nodes and all pods.",
 )
 @click.option(
     "--snapshot",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=options.path(exists=True),
     help="Take the names that were saved in this file.",
 )
 @click.option(
     "--save",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=options.path(),
     help="Save the API server's names in this file, to name datasets with later.",
 )
 @click.option(
@@ -60,6 +62,8 @@ def name(
         from tracer.naming import snapshot as snapshots
 
         book = snapshots.load(snapshot)
+    elif kubeconfig is None and IN_CLUSTER not in os.environ:
+        raise UsageError("This is no pod, so names come from --kubeconfig FILE, or from a saved --snapshot FILE.")
     else:
         book = _listed(kubeconfig, timeout)
     if save is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from tracer.cli import logs
 from tracer.errors import UsageError
@@ -100,6 +101,27 @@ def cidr(text: str) -> str:
         raise click.BadParameter(f"{text!r} is no network ({error}): write it as in 10.0.0.0/8.") from error
 
 
+class _Path(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":  # which pathlib takes for the current directory
+            self.fail("it is empty: is a variable not set?", param, ctx)
+        if isinstance(value, str) and "://" in value:
+            self.fail(f"{value} is an address; this takes a path (report, compact and export take both).", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def path(*, exists: bool = False, directory: bool = False) -> click.Path:
+    """A file's path, or a directory's; `pathlib.Path`."""
+    return _Path(path_type=Path, exists=exists, file_okay=not directory, dir_okay=directory)
+
+
+def place(text: str) -> str:
+    """A path or an address; not an empty one."""
+    if not str(text).strip():
+        raise click.BadParameter("it is empty: is a variable not set?")
+    return text
+
+
 def capture_options(command: F) -> F:
     """What is captured: for every command that attaches to the node."""
     for option in reversed(
@@ -155,7 +177,7 @@ def names_options(command: F) -> F:
     """The options of how rows get the names of Kubernetes' objects."""
     for option in reversed(
         (
-            click.option("--kubeconfig", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            click.option("--kubeconfig", type=path(exists=True),
                          help="Name rows by the API server of this file's current context; in a pod: by its cluster."),
             click.option("--name-wait", type=duration, default="2s", show_default=True,
                          help="How long a row waits for its names at the most."),
@@ -163,6 +185,21 @@ def names_options(command: F) -> F:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def live_only(context: click.Context, dataset: Path) -> None:
+    """Raises UsageError if an option of live tracing was given beside a dataset, where it would do nothing."""
+
+    @node_option
+    @names_options
+    @capture_options
+    def live() -> None: ...
+
+    shared = {option.name for option in live.__click_params__}  # type: ignore[attr-defined]
+    for option in context.command.params:
+        given = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if given and option.name in shared:
+            raise UsageError(f"{option.opts[0]} is for live tracing and does nothing to {dataset}: leave it out.")
 
 
 def capture_from(values: dict[str, Any]) -> Any:

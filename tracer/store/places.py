@@ -84,12 +84,14 @@ def place_of(address: str) -> Place:
     return Store(root)
 
 
-def reached(address: str) -> Place:
+def reached(address: str, root: Path | None = None) -> Place:
     """The place, of which is known that it can be used, or else that it cannot be told yet.
 
-    Raises TracerError; UsageError if no try will mend it.
+    Raises TracerError; UsageError if no try will mend it, or if the place is the dataset at `root` or in it.
     """
     place = place_of(address)
+    if root is not None and isinstance(place, Directory):
+        place.refuse_within(root)
     place.check()
     return place
 
@@ -119,6 +121,18 @@ class Directory:
 
     def __str__(self) -> str:
         return str(self.root)
+
+    def refuse_within(self, root: Path) -> None:
+        """Raises UsageError if what is put here were put into the dataset itself, and deleted there as exported."""
+        mine = root.stat()
+        whole = self.root.resolve()
+        for path in (whole, *whole.parents):
+            with contextlib.suppress(OSError):  # not made yet
+                if os.path.samestat(path.stat(), mine):
+                    raise UsageError(
+                        f"{self.root} is the dataset {root} itself, or in it: choose a directory elsewhere, for what "
+                        "is exported may be deleted here"
+                    )
 
     def check(self) -> None:
         """Makes it if need be."""

@@ -43,6 +43,8 @@ def files(
     every: Iterable[File] = root.glob(f"{table}/{_BELOW}") if isinstance(root, Path) else _remote(root, table)
     found = sorted(filter(wanted, every), key=lambda path: (path.parts[-3:-1], layout.start_of(path.name), path.name))
     if not found:
+        if isinstance(root, Path) and root.name in schema.TABLES:
+            raise NoDataError(f"{root} is a table of a dataset: give the directory above it, {root.absolute().parent}")
         where = "directory" if isinstance(root, Path) else "address, and that there is such a bucket"
         raise NoDataError(
             f"no {table} in {root}; check the {where}, or wait for the agent's first publication (--rotate)"
@@ -106,9 +108,19 @@ def _runs(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
         yield run
 
 
+@contextlib.contextmanager
+def _sound() -> Iterator[None]:
+    """What pyarrow makes of a damaged footer, as its other errors: names that are no text, or no columns."""
+    try:
+        yield
+    except (KeyError, UnicodeDecodeError) as error:
+        raise pa.ArrowInvalid(f"its footer is damaged ({error})") from error
+
+
 def _footer(path: File) -> pq.FileMetaData:
     given = source(path)
-    return pq.read_metadata(given.pop("source"), **given)
+    with _sound():
+        return pq.read_metadata(given.pop("source"), **given)
 
 
 def columns_of(footer: pq.FileMetaData) -> set[str]:
@@ -116,10 +128,16 @@ def columns_of(footer: pq.FileMetaData) -> set[str]:
 
     Not by the footer's `schema` if there is another way: the two hold each other, and so their memory (30 kB a file).
     """
-    if not footer.num_row_groups:
-        return set(footer.schema.to_arrow_schema().names)
-    group = footer.row_group(0)
-    return {group.column(number).path_in_schema.partition(".")[0] for number in range(group.num_columns)}
+    with _sound():
+        if not footer.num_row_groups:
+            return set(footer.schema.to_arrow_schema().names)
+        group = footer.row_group(0)
+        return {group.column(number).path_in_schema.partition(".")[0] for number in range(group.num_columns)}
+
+
+def _file(path: File, footer: pq.FileMetaData, coded: list[str]) -> pq.ParquetFile:
+    with _sound():
+        return pq.ParquetFile(**source(path), metadata=footer, read_dictionary=coded)
 
 
 @contextlib.contextmanager
@@ -129,9 +147,7 @@ def _opened(path: File, table: str, wanted: list[pa.Field]) -> Iterator[tuple[pq
     try:
         footer = _footer(path)
         present = columns_of(footer)
-        with pq.ParquetFile(
-            **source(path), metadata=footer, read_dictionary=[c for c in coded if c in present]
-        ) as file:
+        with _file(path, footer, [name for name in coded if name in present]) as file:
             missing = [field.name for field in wanted if field.name not in present and not field.nullable]
             if missing:
                 raise TracerError(
