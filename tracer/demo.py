@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tracer.errors import TracerError
@@ -72,6 +73,7 @@ class Result:
     rows: int = 0
     shares: list[Share] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)  # of `vip-tracer report`, on this run
+    began_ns: int = 0  # since the epoch
 
     @property
     def agrees(self) -> bool:
@@ -210,7 +212,7 @@ def play(output: Path, *, seconds: float, cause: str, seed: int | None, progress
             )
             progress("stopping", "the agent")
         address, port = cluster.vip()
-    result = Result(output, f"{address}:{port}", truth.seconds, truth.cause)
+    result = Result(output, f"{address}:{port}", truth.seconds, truth.cause, began_ns=began)
     result.shares = [
         Share(name, ip, counted=counted) for name, ip, counted in zip(truth.names, truth.ips, truth.bytes, strict=True)
     ]
@@ -276,8 +278,9 @@ def _next(result: Result) -> list[str]:
         f'import pandas; print(pandas.read_parquet({rows}).groupby(["dst_ip", "backend_ip"], observed=True)'
         '[["bytes_sent", "bytes_received"]].sum())'
     )
+    began = datetime.fromtimestamp(result.began_ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return [
-        shlex.join([*_typed("vip-tracer"), "report", str(result.output), "--html", "report.html"]),
+        shlex.join([*_typed("vip-tracer"), "report", str(result.output), "--from", began, "--html", "report.html"]),
         shlex.join([*_typed("vip-tracer"), "observe", str(result.output), "-n", "5"]),
         shlex.join([*_typed("python"), "-c", script]),
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from analysis import agents, cases, habits
+from analysis import agents, cases, habits, traffic
 from datasets import publish
 
 from tracer.analysis import diagnose
@@ -87,3 +87,37 @@ def test_the_range_is_exact(tables: dict[str, pa.Table], tmp_path: Path) -> None
     assert found.rows == int(((ts > begin) & (ts <= end)).sum())
     opened = sum(int(each.backends["connections"].sum()) for each in found.findings)
     assert 0 < opened <= found.rows
+
+
+@pytest.mark.parametrize("backends", [2, 6, 20, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_load_through_a_second_service_is_said_however_many_pods_share_the_first(
+    backends: int, seed: int, tmp_path: Path
+) -> None:
+    world = cases.World(seed)
+    pods = world.pods("web", backends)
+    clients = world.pods("client", 5)
+    each = 400
+    for service, size in ((world.service("web", pods), each * backends), (world.service("admin", pods[:1]), each)):
+        world.dial(service, clients, traffic.requests(world.rng, size, traffic.shares(5, 0.5)))
+    publish(tmp_path, agents.tables(world))
+    (note,) = (f.note for f in diagnose.diagnose(tmp_path).findings if f.service == "shop/web:80/tcp")
+    assert f"But its backend {pods[0].name} gets " in note
+    assert "of them come through other addresses (shop/admin:80/tcp)." in note
+    assert 1.25 < float(note.partition(" times its even share")[0].split()[-1]) < 2.4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_load_through_a_second_service_is_not_said_where_it_is_not_why(seed: int, tmp_path: Path) -> None:
+    world = cases.World(seed)
+    habits.heavy_client(world, 1.0)
+    web = world.services[0]
+    pods = [backend.pod for backend in web.backends]
+    even = world.service("even", pods)
+    clients = world.pods("other", 5)
+    world.dial(even, clients, traffic.requests(world.rng, 20_000, traffic.shares(5, 0.5)))
+    few = world.service("few", pods[:1])
+    world.dial(few, clients, traffic.requests(world.rng, 200, traffic.shares(5, 0.5)))
+    publish(tmp_path, agents.tables(world))
+    notes = {f.service: f.note for f in diagnose.diagnose(tmp_path).findings}
+    assert notes["shop/web:80/tcp"] == notes["shop/few:80/tcp"] == ""

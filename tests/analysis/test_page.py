@@ -120,3 +120,16 @@ def test_many_services_are_cut_and_counted(tmp_path: Path, monkeypatch: pytest.M
     text = page.render(found, "x")
     assert f"And {len(found.findings) - 1} more services." in text
     assert re.search(r"And \d+ more backends\.", text)
+
+
+def test_nothing_is_said_twice_and_only_what_is_known(tmp_path: Path) -> None:
+    world = cases.World(4)
+    habits.heavy_client(world, 1.0)
+    publish(tmp_path, agents.tables(world, named=False))  # addresses alone
+    made = page.render(diagnose.diagnose(tmp_path), str(tmp_path))
+    assert re.search(r'<th scope="row">[\d.]+:\d+<span class="where">', made)
+    assert not re.search(r'([\d.]+):\d+<span class="where">\1', made)
+    assert "the loads by client" in made
+    assert "and zone" not in made
+    widths = [float(width) for width in re.findall(r'bar slow"><i style="width:([\d.]+)%', made)]
+    assert 40 < max(widths) < 70, "all are alike"

@@ -213,3 +213,41 @@ main()
     assert f"'vip-tracer report' needs {lacking}, which" in report.stderr
     assert observe.returncode == 0, observe.stderr
     assert len(observe.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["observe", ""], ["top", ""], ["name", ""], ["report", ""], ["compact", ""], ["export", "", "/x"],
+     ["export", "/tmp", ""], ["agent", "--output", ""], ["demo", "--output", ""], ["report", "x", "--html", ""]],
+)  # fmt: skip
+def test_an_empty_path_is_not_the_current_directory(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "it is empty: is a variable not set?" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_address_where_a_path_is_wanted(tmp_path: Path) -> None:
+    for name in ("observe", "top", "name"):
+        done = CliRunner().invoke(main, [name, "s3://bucket/prefix"])
+        assert done.exit_code == 2
+        assert "s3://bucket/prefix is an address" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["observe", "top"])
+@pytest.mark.parametrize(
+    "given", [["--roles", "server"], ["--only-virtual"], ["--interval", "5s"], ["--netns", "x"], ["--node", "n"]]
+)
+def test_options_of_live_tracing_do_not_go_with_a_dataset(name: str, given: list[str], tmp_path: Path) -> None:
+    dataset(tmp_path, rows(10))
+    said = sentence(run(name, tmp_path, "-n", "1", *given), 2)
+    assert f"{given[0]} is for live tracing and does nothing to {tmp_path}" in said
+
+
+def test_compacting_nothing_says_so(tmp_path: Path) -> None:
+    done = run("compact", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "nothing to merge" in done.stderr

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,7 +32,7 @@ def test_the_answer_comes_first(late: Path) -> None:
     table = [line.split()[:2] for line in lines if line.startswith("shop/") and "/tcp  " in line]
     assert table == [["shop/web:80/tcp", "uneven"], ["shop/neighbour:80/tcp", "balanced"]]
     assert "Nothing is wrong with the balancing" in done.stdout
-    assert "rows: backend_ip in" in done.stdout
+    assert "rows: dst_namespace == shop and dst_service == web and backend_ip in" in done.stdout
 
 
 def test_one_service_in_depth(late: Path) -> None:
@@ -142,3 +144,52 @@ def test_an_address_is_read_like_a_directory(late: Path) -> None:
 def test_engines_go_with_their_options(late: Path) -> None:
     assert "--scheduler" in sentence(run("report", late, "--engine", "dask"), 2)
     assert "--scheduler" in sentence(run("report", late, "--engine", "local", "--scheduler", "tcp://127.0.0.1:1"), 2)
+
+
+def test_a_page_goes_where_a_link_leads_and_into_a_pipe(late: Path, tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.touch()
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    run("report", late, "--html", link)
+    assert link.is_symlink()
+    assert target.read_text().startswith("<!doctype html>")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        assert run("report", late, "--html", pipe).returncode == 0
+        assert read.result(30) == target.read_text()
+    assert pipe.is_fifo()
+
+
+def test_rows_without_a_virtual_address_are_no_balance(tmp_path: Path) -> None:
+    content = rows(300)
+    unknown = pa.array([None] * 300, pa.string()).cast(content.schema.field("backend_ip").type)
+    for name, column in (("nat", pa.array(["unknown"] * 300)), ("backend_ip", unknown)):
+        at = content.schema.get_field_index(name)
+        content = content.set_column(at, content.schema.field(at), column.cast(content.schema.field(at).type))
+    dataset(tmp_path, content)
+    done = run("report", tmp_path)
+    assert "No service is judged" in done.stdout
+    assert "balanced" not in done.stdout
+
+
+def test_a_zone_that_nobody_knows_is_unknown(tmp_path: Path) -> None:
+    world = cases.World(4)
+    habits.heavy_client(world, 1.0)
+    publish(tmp_path, agents.tables(world, named=False))
+    words = run("report", tmp_path, "-o", "wide").stdout.split()
+    assert "unknown" in words
+    assert "nan" not in words
+
+
+def test_a_table_is_no_dataset_and_a_range_has_an_end(late: Path) -> None:
+    assert f"give the directory above it, {late}" in sentence(run("report", late / "connections"), 3)
+    given = run("report", late, "--from", "2030-01-01", "--to", "2029-01-01")
+    assert "not before its end" in sentence(given, 2)
+
+
+def test_evidence_is_of_the_service(late: Path) -> None:
+    done = run("report", late, "-o", "json")
+    causes = [cause for service in json.loads(done.stdout)["services"] for cause in service["causes"] if cause["rows"]]
+    assert causes
+    assert all(["dst_service", "==", "web"] in cause["rows"] for cause in causes)

@@ -1,5 +1,6 @@
 """`vip-tracer top`: of a dataset, live, on a terminal and off it."""
 
+import contextlib
 import os
 import pty
 import signal
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from analysis import cases, habits
+from analysis import agents, cases, habits, traffic
 from command_world import HOSTILE, Talk, command, dataset, environment, named, namespaces, rows, run, sentence
 from datasets import publish
 
@@ -31,6 +32,16 @@ def test_the_newest_part_of_a_dataset(tmp_path: Path) -> None:
     assert "shop/web" not in only
 
 
+def test_rates_are_over_what_was_watched(tmp_path: Path) -> None:
+    world = cases.World(1, range_s=60)
+    service = world.service("web", world.pods("web", 2))
+    world.dial(service, world.pods("client", 2), traffic.requests(world.rng, 3000, traffic.shares(2, 0.0), (0.0, 60.0)))
+    publish(tmp_path, agents.tables(world))
+    lines = run("top", tmp_path, "-n", "1").stdout.splitlines()
+    assert " 60 s up to " in lines[0]
+    assert 40 < float(next(line for line in lines if "shop/web" in line).split()[1]) < 60
+
+
 def test_hostile_names_drive_no_terminal(tmp_path: Path) -> None:
     texts = dict.fromkeys(("src_pod", "dst_service", "backend_pod", "dst_namespace"), f"[red]{HOSTILE}[/]")
     dataset(tmp_path, named(rows(400), **texts))
@@ -43,6 +54,23 @@ def test_hostile_names_drive_no_terminal(tmp_path: Path) -> None:
 def test_nothing_to_show_and_nonsense(tmp_path: Path) -> None:
     assert "no connections" in sentence(run("top", tmp_path, "-n", "1"), 3)
     assert "--window" in sentence(run("top", tmp_path, "--window", "1s", "--refresh", "5s"), 2)
+
+
+def test_a_terminal_keeps_the_last_of_so_many_tables(tmp_path: Path) -> None:
+    dataset(tmp_path, rows(400))
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command("top", tmp_path, "-n", "1"), stdout=theirs, stdin=theirs, env=environment(TERM="xterm-256color")
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while more := os.read(ours, 65536):
+                seen += more
+        assert process.wait(30) == 0
+    os.close(ours)
+    assert b"10.244.1.11" in seen
+    assert b"\x1b[?1049h" not in seen
 
 
 def test_a_terminal_gets_its_screen_back(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from tracer import schema
 from tracer.analysis import balance, cause, endpoints, gather, situations
 from tracer.analysis.balance import Depth, Inequality
-from tracer.analysis.causes.hypothesis import CALLED, Hypothesis, some
+from tracer.analysis.causes.hypothesis import CALLED, Hypothesis, Rows, some
 from tracer.analysis.causes.situation import MEASURES, Situation
 from tracer.analysis.gather import Engine
 from tracer.analysis.partial import Bins, Partial
@@ -35,7 +35,7 @@ from tracer.analysis.verdict import (
     verdict,
 )
 from tracer.analysis.watched import COLUMNS
-from tracer.errors import NoDataError, TracerError
+from tracer.errors import NoDataError, TracerError, UsageError
 from tracer.store import reader
 from tracer.store.layout import HOUR_NS
 from tracer.store.roots import Root
@@ -43,6 +43,8 @@ from tracer.store.roots import Root
 _ORDER = (UNEVEN, INCONCLUSIVE, BALANCED)
 #: Cells of situations that are kept between testing and looking for causes, some 200 bytes each.
 KEPT_CELLS = 1_000_000
+#: The cause whose rows are not the service's: their clients dialled backends themselves.
+PAST_THE_SERVICE = "bypass"
 #: Nodes publish every few minutes. Rows that end this much before or after the others' are said.
 SKEW_NS = 600 * 10**9
 
@@ -168,7 +170,10 @@ def diagnose(
     told = _tables(root, "endpoints", bins.begin_ns, bins.end_ns, failed, endpoints.COLUMNS)
     ends = endpoints.together(told, part.bins)
     if not len(ends):
-        warnings.append("There is no endpoints table: shares are expected of the backends that were seen.")
+        warnings.append(
+            "There is no endpoints table, which agents write that know the cluster (--kubeconfig, or in a pod): shares "
+            "are expected of the backends that were seen."
+        )
     known = Situations(part, ends, coverage)
     warnings += _unseen(known, coverage, ends, time.time_ns())
     chosen = known.ports() if service is None else situations.matching(known.ports(), service)
@@ -192,6 +197,16 @@ def last_moment(root: Root) -> int:
         return reader.span(root)[1]
     end = max(pc.max(batch["ts"]).cast(pa.int64()).as_py() for batch in reader.batches(last, "coverage", ["ts"]))
     return int(end)
+
+
+def first_moment(root: Root, begin_ns: int, end_ns: int) -> int:
+    """When something was first watched at or after `begin_ns`, by coverage: ns since the epoch."""
+    starts = [
+        pc.min(part["started"]).cast(pa.int64()).as_py()
+        for part in _tables(root, "coverage", begin_ns, end_ns + 1, lambda _: None, ["started"])
+        if len(part)
+    ]
+    return max(begin_ns, min(starts, default=begin_ns))
 
 
 def _findings(known: Situations, part: Partial, chosen: set[ServicePort], deep: bool) -> Iterator[Finding]:
@@ -222,7 +237,8 @@ def _findings(known: Situations, part: Partial, chosen: set[ServicePort], deep: 
 
 def _finding(port: ServicePort, situation: Situation, tests: Sequence[Test], deep: bool) -> Finding:
     said = verdict(tests) if tests or situation.entitled.sum() != 1 else ALONE
-    said, causes = cause.explained(situation, said)
+    said, found = cause.explained(situation, said)
+    causes = [each if each.name == PAST_THE_SERVICE else _of_service(each, port) for each in found]
     entitled = situation.entitled
     return Finding(
         port=port,
@@ -234,6 +250,14 @@ def _finding(port: ServicePort, situation: Situation, tests: Sequence[Test], dee
         depth=balance.depth(situation) if deep or said.word == UNEVEN else None,
         note="",
     )
+
+
+def _of_service(hypothesis: Hypothesis, port: ServicePort) -> Hypothesis:
+    """With a filter that selects its rows among those of all services."""
+    of: Rows = (("dst_namespace", "==", port.namespace), ("dst_service", "==", port.name))
+    if port.name is None:
+        of = (("dst_ip", "==", port.address), ("dst_port", "==", port.port), ("protocol", "==", port.protocol))
+    return dataclasses.replace(hypothesis, rows=(*of, *hypothesis.rows)) if hypothesis.rows else hypothesis
 
 
 def _tables(
@@ -267,12 +291,25 @@ def _range(root: Root, coverage: pa.Table, begin_ns: int | None, end_ns: int | N
     else:
         first, last = reader.span(root)
     begin, end = max(first, begin_ns or first), min(last, end_ns or last)
+    if begin_ns is not None and end_ns is not None and begin_ns >= end_ns:
+        raise UsageError(f"the range begins at {_text(begin_ns)}, which is not before its end, {_text(end_ns)}")
     if begin >= end:
+        first, last = _span(root)
         raise NoDataError(
             f"nothing in {root} between these times: it spans {_text(first)} to {_text(last)}; widen the range"
         )
     interval = float(pc.max(coverage["interval_s"]).as_py() or 0.0) if len(coverage) else 0.0
     return gather.bins_for(begin, end, interval)
+
+
+def _span(root: Root) -> tuple[int, int]:
+    """What coverage spans in all; without it, the hours that there are files of."""
+    spans = [
+        (pc.min(part["started"]).cast(pa.int64()).as_py(), pc.max(part["ts"]).cast(pa.int64()).as_py())
+        for part in _tables(root, "coverage", None, None, lambda _: None, ["started", "ts"])
+        if len(part)
+    ]
+    return (min(first for first, _ in spans), max(last for _, last in spans)) if spans else reader.span(root)
 
 
 def _unseen(known: Situations, coverage: pa.Table, ends: pa.Table, now_ns: int) -> list[str]:

@@ -3,16 +3,19 @@
 import numpy as np
 import numpy.typing as npt
 
-from tracer.analysis.causes.explain import by_chance, distance, units
+from tracer.analysis.causes.explain import units
 from tracer.analysis.causes.hypothesis import CALLED, percent, some
 from tracer.analysis.causes.situation import MEASURES, Situation
 from tracer.analysis.partial import ROUTE, Partial
 from tracer.analysis.situations import ServicePort, Situations
-from tracer.analysis.verdict import RATIO, SKEWED
+from tracer.analysis.verdict import RATIO
 
 _IP = ROUTE.index("backend_ip")
 #: This part of a pod's load must come from elsewhere to be worth a word.
 WORTH = 0.2
+#: And its load this many standard deviations above what chance makes of an even service: the busiest of a hundred pods
+#: is often at three.
+SURE = 4.0
 
 
 class Elsewhere:
@@ -52,19 +55,20 @@ class Elsewhere:
         total: npt.NDArray[np.float64],
         ips: list[object],
     ) -> tuple[float, str]:
-        even = np.ones(len(own))
         busiest = int(total.argmax())
-        part = 1 - own[busiest] / total[busiest] if total[busiest] else 0.0
-        effect, alone = distance(total, even), distance(own, even)
-        ratio = total[busiest] * len(total) / total.sum() if total.sum() else 0.0
-        chance = by_chance(even, units(situation, measure))
-        if part < WORTH or ratio < RATIO or effect < SKEWED or effect < 2 * alone or effect < 2 * chance:
+        if not own.any() or not total[busiest]:
+            return 0.0, ""
+        part = 1 - own[busiest] / total[busiest]
+        ratio, alone = (float(load[busiest] * len(load) / load.sum()) for load in (total, own))
+        # Standard deviation of one backend's ratio to its even share, if that many picks are dealt evenly.
+        chance = np.sqrt((len(own) - 1) / max(1.0, units(situation, measure)))
+        if part < WORTH or ratio < RATIO or ratio - 1 < max(2 * (alone - 1), SURE * chance):
             return 0.0, ""
         row = next(i for i, ip in enumerate(situation.backends["ip"]) if ip == ips[busiest])
         name = situation.backend_name(row)
         through = self._known.through(str(ips[busiest]), port)
         where = f" ({some(through)})" if through else ""
-        return effect, (
+        return ratio, (
             f"But its backend {name} gets {ratio:.1f} times its even share of the {CALLED[measure]} in all: "
             f"{percent(part)} of them come through other addresses{where}."
         )

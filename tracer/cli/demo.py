@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from tracer.cli.options import duration as length
+from tracer.cli.options import path
 
 #: Those of tracer/lab/scenario.py, written down here because --help shall not load NumPy; a test compares.
 CAUSES = ("random", "long-lived", "second-service", "flapping", "none")
@@ -13,7 +14,7 @@ CAUSES = ("random", "long-lived", "second-service", "flapping", "none")
 @click.command()
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=path(directory=True),
     default="vip-tracer-demo",
     show_default=True,
     help="Where the dataset goes; a run adds to it.",

@@ -36,6 +36,12 @@ def text(found: "Diagnosis", deep: bool) -> Iterator[str]:
     troubled = [finding for finding in found.findings if deep or finding.note or finding.verdict.word != "balanced"]
     for finding in troubled:
         yield printable(finding.answer)
+    if not found.findings:
+        yield (
+            "No service is judged: no connection is known to have gone through a virtual address. If there should be "
+            "some, see what 'vip-tracer doctor' says on the node."
+        )
+        return
     if not troubled:
         yield "Every service is balanced, as far as chance allows to tell."
     yield ""
@@ -144,7 +150,7 @@ def _groups(depth: "Depth") -> Iterator[str]:
         total = max(1, int(frame["connections"].sum()))
         for row in frame.head(LISTED).to_dict("records"):
             yield (
-                f"  {_cut(str(row[by] if row[by] is not None else 'unknown'), 37):<38}{row['connections']:>12,}"
+                f"  {_cut(row[by] if isinstance(row[by], str) else 'unknown', 37):<38}{row['connections']:>12,}"
                 f"{row['connections'] / total:>8.1%}{row['connection_time_s']:>12,.1f}{bytes_text(row['bytes']):>8}"
                 f"{row['backends']:>10}"
             )

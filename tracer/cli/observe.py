@@ -18,7 +18,7 @@ _SLICE = 1024
 
 
 @click.command()
-@click.argument("dataset", type=click.Path(path_type=Path, exists=True, file_okay=False), required=False)
+@click.argument("dataset", type=options.path(exists=True, directory=True), required=False)
 @click.option("-f", "--follow", is_flag=True, help="Of a dataset: go on with the files that are published meanwhile.")
 @click.option("-o", "--output-format", type=click.Choice(FORMATS), default="table", show_default=True)
 @click.option("-n", "--limit", type=click.IntRange(min=1), help="Stop after so many rows.")
@@ -33,10 +33,11 @@ def observe(
     """Print connections, a line each: live from this node, or those of a DATASET.
 
     The line says: time, event (+ began, - ended, = both, ~ an interval of a long one), client → address dialled ⇒
-    backend, translation, result, connect latency, duration, bytes sent and received, process.
+    backend, translation, result, connect latency, duration, bytes sent and received, process. Times are UTC.
     """
     printer = _Printer(output_format, limit)
     if dataset is not None:
+        options.live_only(click.get_current_context(), dataset)
         _from_dataset(printer, dataset, follow, duration)
     elif follow:
         raise UsageError("--follow goes with a dataset's directory; without one, observe is live already.")
@@ -117,5 +118,5 @@ def _live(printer: _Printer, seconds: float | None, values: dict[str, Any]) -> N
         lambda table, _: printer.show(rows_of(table)),
         printer.finished,
         seconds,
-        "observing: a line per connection when it ends; Ctrl-C stops",
+        "observing: a line per connection when it ends, and per interval of a long one; Ctrl-C stops",
     )

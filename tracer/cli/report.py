@@ -15,7 +15,7 @@ from tracer.words import printable
 
 
 @click.command()
-@click.argument("dataset", metavar="DATASET")
+@click.argument("dataset", metavar="DATASET", type=options.place)
 @click.option("--service", metavar="NAMESPACE/NAME", help="Only this one, in depth. Or its virtual address.")
 @click.option("--since", type=options.duration, help="Only so long before the dataset's end.")
 @click.option("--from", "begin", type=options.moment, metavar="TIME", help="Only from this time on (ISO 8601, UTC).")
@@ -23,7 +23,7 @@ from tracer.words import printable
 @click.option("-o", "--output-format", type=click.Choice(list(findings.FORMATS)), default="table", show_default=True)
 @click.option(
     "--html",
-    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    type=options.path(),
     metavar="FILE",
     help="Write it as one page, too, that opens without a network.",
 )

@@ -28,7 +28,7 @@ STANDS_OUT = 1.5
 
 
 @click.command(context_settings={"default_map": {"interval": "2s"}})
-@click.argument("dataset", type=click.Path(path_type=Path, exists=True, file_okay=False), required=False)
+@click.argument("dataset", type=options.path(exists=True, directory=True), required=False)
 @click.option("--window", type=options.duration, help="Rates over so long. Default: 10s live, 5m of a dataset.")
 @click.option("--refresh", type=options.duration, default="1s", show_default=True, help="A new table this often.")
 @click.option("-n", "--tables", type=click.IntRange(min=1), help="Stop after so many tables; without, at Ctrl-C.")
@@ -48,6 +48,7 @@ def top(
         raise UsageError("--window is at least as long as --refresh.")
     screen = _Screen(tables, service or "")
     if dataset is not None:
+        options.live_only(click.get_current_context(), dataset)
         _from_dataset(screen, dataset, window or 300.0, refresh)
     else:
         _live(screen, window or 10.0, refresh, values)
@@ -63,7 +64,12 @@ class _Screen:
         self._console = Console(highlight=False, markup=False)
         if not self._console.is_terminal:
             self._console.width = WIDTH
-        self._live = Live(console=self._console, auto_refresh=False, screen=True) if self._console.is_terminal else None
+        # Where it ends by itself, what was shown last stays on the terminal.
+        self._live = (
+            Live(console=self._console, auto_refresh=False, screen=tables is None)
+            if self._console.is_terminal
+            else None
+        )
         self._left, self._service = tables, service
 
     def __enter__(self) -> "_Screen":
@@ -139,16 +145,17 @@ def _from_dataset(screen: _Screen, root: Path, window_s: float, refresh_s: float
         known: list[Path] = []
         while not screen.finished:
             end = diagnose.last_moment(root)
-            begin = end - round(window_s * 1e9)
+            begin = diagnose.first_moment(root, end - round(window_s * 1e9), end)
+            seconds = max(0.1, (end - begin) / 1e9)  # rates are over what was watched
             paths = reader.files(root, "connections", begin, end + 1)
             if paths != known:
                 known = paths
-                window = moving.Window(window_s)
+                window = moving.Window(seconds)
                 for path in paths:
                     for rows in reader.tables(path, columns=_columns()):
                         window.add(rows)
                 loads = window.loads(end, _published_endpoints(root, begin, end))
-            screen.show(loads, f"{root}, {window_s:g} s up to {_when(end)}")
+            screen.show(loads, f"{root}, {seconds:.3g} s up to {_when(end)}")
             if not screen.finished:
                 time.sleep(refresh_s)
 

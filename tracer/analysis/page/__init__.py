@@ -5,13 +5,12 @@ own policy forbids scripts and whatever would have to be fetched.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from tracer.analysis.balance import Depth
 from tracer.analysis.causes.hypothesis import CALLED
@@ -94,7 +93,8 @@ def _section(finding: Finding, depth: Depth, bins: Bins) -> dict[str, Any]:
 def _backends(finding: Finding) -> Iterator[dict[str, Any]]:
     """A row per backend: shares as widths in percent of the widest bar, and where the fair share stands on it."""
     frame = finding.backends.head(BACKENDS)
-    slowest = float(np.nanmax(frame["connect_ms"].to_numpy(), initial=0.0))
+    connect = frame["connect_ms"].dropna()
+    slowest = max(float(connect.max()), 2 * float(connect.median())) if len(connect) else 0.0  # alike are half a bar
     most_failed = int(frame["failures"].max()) if len(frame) else 0
     shares = ["fair_share", *(f"{measure}_share" for measure in MEASURES)]
     widest = float(frame[shares].to_numpy().max(initial=0.0))
@@ -107,7 +107,7 @@ def _backends(finding: Finding) -> Iterator[dict[str, Any]]:
         known = not math.isnan(row["connect_ms"])
         yield {
             "name": str(row["backend"]),
-            "where": " · ".join(str(row[key]) for key in ("ip", "node", "zone") if row[key] is not None),
+            "where": " · ".join(_where(row)),
             "endpoint": row["endpoint"],
             "fair": 100 * row["fair_share"],
             "fair_at": _part(row["fair_share"], widest),
@@ -118,6 +118,13 @@ def _backends(finding: Finding) -> Iterator[dict[str, Any]]:
             "failures": (f"{row['failures']:,}", _part(row["failures"], most_failed)),
             "connect": (f"{row['connect_ms']:.2f} ms", _part(row["connect_ms"], slowest)) if known else ("-", 0.0),
         }
+
+
+def _where(row: Mapping[Any, Any]) -> Iterator[str]:
+    """What is known of where a backend is, and not its name already."""
+    for key in ("ip", "node", "zone"):
+        if isinstance(row[key], str) and (key != "ip" or row[key] not in str(row["backend"])):
+            yield row[key]
 
 
 def _part(value: float, whole: float) -> float:
