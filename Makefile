@@ -71,7 +71,7 @@ test-kernels: setup vm-packages
 	$(BIN)/python -m tests.vm.matrix --page
 
 test-kernels-short: setup vm-packages
-	$(BIN)/python -m tests.vm.matrix --short --kernel bullseye-security --kernel bookworm --kernel trixie-backports
+	$(BIN)/python -m tests.vm.matrix --short --kernel bullseye-security --kernel trixie-backports
 
 vm-packages:
 	@dpkg -s $(VM_PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \
@@ -125,10 +125,13 @@ bench: setup
 	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(BENCH_PACKAGES); }
 	$(BIN)/python -m tests.bench.rate $(if $(QUICK),--pairs 2 --seconds 1 --sustained 10)
+	$(BIN)/python -m tests.bench.captures $(if $(QUICK),--pairs 2 --seconds 0.5)
 	$(BIN)/python -m tests.bench.peers $(if $(QUICK),--pairs 2 --seconds 1)
 	$(BIN)/python -m tests.bench.ring_to_parquet
 	$(BIN)/python -m tests.bench.kernel_cost
+	$(BIN)/python -m tests.bench.kernel_cost --states
 	$(BIN)/python -m tests.bench.node_process
+	$(BIN)/python -m tests.bench.scale
 	$(BIN)/python -m tests.bench.report --files 40
 	$(BIN)/python -m tests.bench.storm
 	$(BIN)/python -m tests.bench.compaction

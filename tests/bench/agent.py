@@ -71,6 +71,7 @@ class Agent:
             time.sleep(0.005)
         self.idle = status(self.process.pid, "VmRSS")
         self._began = cpu_seconds(self.process.pid)
+        self._ended: tuple[float, float] | None = None
         self.resident = self.peak = 0
 
     def __enter__(self) -> Self:
@@ -89,8 +90,8 @@ class Agent:
         return now
 
     def cpu(self) -> tuple[float, float]:
-        """User and system seconds since it was ready."""
-        user, system = cpu_seconds(self.process.pid)
+        """User and system seconds since it was ready, until now or its end."""
+        user, system = self._ended or cpu_seconds(self.process.pid)
         return user - self._began[0], system - self._began[1]
 
     def settle(self) -> None:
@@ -101,7 +102,10 @@ class Agent:
         """Ends it in good order, and reads what it wrote."""
         self.peak = status(self.process.pid, "VmHWM")
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait() == 0, "the agent did not end well"
+        _, code, used = os.wait4(self.process.pid, 0)
+        self.process.returncode = os.waitstatus_to_exitcode(code)
+        assert self.process.returncode == 0, "the agent did not end well"
+        self._ended = used.ru_utime, used.ru_stime
         files = sorted(Path(self._data, "connections").rglob("*.parquet"))
         names = ("role", "protocol", "closed", "src_ip", "src_port", "dst_port", "backend_ip", "nat", "pid")
         tables = [pq.read_table(path, columns=list(names)) for path in files]

@@ -32,8 +32,8 @@ from tests.bench.rig import PORTS, Rig, Worker
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SERVICES = frozenset(PORTS["tcp"])
-#: What is on its way when the clients stop.
-_SETTLES_S = 1.5
+#: What is on its way when the clients stop; how long a tool may go on printing after that.
+_SETTLES_S, _BACKLOG_S = 1.5, 60
 #: Headers that bcc's tools ask for: empty, as vmlinux.h has all types. Their macros are in the last.
 _EMPTY = (
     "linux/types.h", "linux/log2.h", "linux/tcp.h", "net/sock.h", "asm/page.h",
@@ -54,8 +54,10 @@ _MACROS = """#define _UAPI__LINUX_BPF_H__
 
 
 def header_tree(where: Path) -> Path:
-    """What bcc's tools take for kernel headers."""
+    """What bcc's tools take for kernel headers; made once."""
     include = where / "include"
+    if (include / "linux/version.h").exists():
+        return where
     for name in _EMPTY:
         (include / name).parent.mkdir(parents=True, exist_ok=True)
         (include / name).touch()
@@ -134,8 +136,8 @@ class Tools:
                 stack.callback(process.kill)
                 self._outputs.append((output, errors))
                 self._processes.append(process)
-            for command, process in zip(self._commands, self._processes, strict=True):
-                _wait(lambda process=process, command=command: command.is_ready(process), process, command.name)
+            for command, process, (_, errors) in zip(self._commands, self._processes, self._outputs, strict=True):
+                _wait(lambda process=process, command=command: command.is_ready(process), process, command.name, errors)
             self._began = [cpu_seconds(pid) for pid in self.pids]
             self._undo = stack.pop_all()
         return self
@@ -150,7 +152,7 @@ class Tools:
 
     def stop(self) -> Told:
         """Ends them by SIGINT, which all of them take as the end, and reads what they printed."""
-        time.sleep(_SETTLES_S)
+        self._finish()
         used = [cpu_seconds(pid) for pid in self.pids]
         resident = sum(status(pid, "VmHWM") for pid in self.pids)
         for process in self._processes:
@@ -171,15 +173,24 @@ class Tools:
             for line in errors.read_text().splitlines()
             if "ossibly lost" in line or "ENOBUFS" in line
         }
-        size = sum(output.stat().st_size for output, _ in self._outputs)
-        return Told(rows, user + joins, system, resident, size, remarks)
+        return Told(rows, user + joins, system, resident, self._size(), remarks)
+
+    def _finish(self) -> None:
+        """Until nothing more is printed: what a tool is behind with is cost, not loss."""
+        end, size = time.monotonic() + _BACKLOG_S, -1
+        while size != (size := self._size()) and time.monotonic() < end:
+            time.sleep(_SETTLES_S)
+
+    def _size(self) -> int:
+        return sum(output.stat().st_size for output, _ in self._outputs)
 
 
-def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", name: str) -> None:
+def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", name: str, errors: Path) -> None:
     end = time.monotonic() + 60
     while not ready():
         if process.poll() is not None or time.monotonic() > end:
-            raise RuntimeError(f"{name} did not get ready (exit code {process.poll()})")
+            last = errors.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"{name} did not get ready (exit code {process.poll()}): {''.join(last)}")
         time.sleep(0.02)
 
 
@@ -212,22 +223,22 @@ class Command:
 Made = Callable[[Rig], Ours | Tools]
 
 
-def tools(headers: Path) -> dict[str, Made]:
+def tools() -> dict[str, Made]:
     """All of them, in the order of the table; those that cannot run here say why when they are started."""
-    source = (("BCC_KERNEL_SOURCE", str(headers)),)
 
-    def bcc(name: str, *options: str) -> Command:
+    def bcc(rig: Rig, name: str, *options: str) -> Command:
         found = shutil.which(f"{name}-bpfcc") or shutil.which(name) or name
+        source = (("BCC_KERNEL_SOURCE", str(header_tree(rig.directory / "headers"))),)
         return Command(name, ("/usr/bin/python3", found, *options), environment=source)
 
     stamped = Command("conntrack -E", ("conntrack", "-E", "-e", "NEW,DESTROY", "-o", "timestamp,id"), listens=True)
     reader = Command("reader", (sys.executable, "-m", "tests.bench.ctnetlink"), listens=True)
     return {
         "vip-tracer": Ours,
-        "tcplife": lambda rig: Tools(rig, [bcc("tcplife", "-s")], said.tcplife),
-        "tcpstates": lambda rig: Tools(rig, [bcc("tcpstates", "-s")], said.tcpstates),
+        "tcplife": lambda rig: Tools(rig, [bcc(rig, "tcplife", "-s")], said.tcplife),
+        "tcpstates": lambda rig: Tools(rig, [bcc(rig, "tcpstates", "-s")], said.tcpstates),
         "conntrack -E": lambda rig: Tools(rig, [stamped], said.conntrack),
-        "tcplife + conntrack -E": lambda rig: Tools(rig, [bcc("tcplife", "-t", "-s"), stamped], said.joined),
+        "tcplife + conntrack -E": lambda rig: Tools(rig, [bcc(rig, "tcplife", "-t", "-s"), stamped], said.joined),
         "ctnetlink in Python": lambda rig: Tools(rig, [reader], said.conntrack),
     }
 
@@ -319,6 +330,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
+        if "cannot_run" in line:
+            out.append(f"| {line['tool']} | cannot run here: {line['cannot_run']} |" + " |" * 7)
+            continue
         of = line["connections"]
         told = max(1, of - line["missing"])
         out.append(
@@ -343,13 +357,13 @@ def main() -> None:
     with Rig() as rig:
         workers = rig.workers("short", *rig.targets(), count=4)
         window(workers, 0.5)  # warms up
-        for name, make in tools(header_tree(rig.directory / "headers")).items():
+        for name, make in tools().items():
             if given.tool and name not in given.tool:
                 continue
             try:
                 lines.append(measure(rig, workers, name, make, given.pairs, given.seconds))
-            except (OSError, RuntimeError) as error:
-                print(f"{name} cannot run here: {error}")
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                lines.append({"tool": name, "cannot_run": str(error), "remarks": []})
     print(table(lines))
     for line in lines:
         for remark in line["remarks"]:

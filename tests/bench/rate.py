@@ -112,9 +112,12 @@ def measure(rig: Rig, workload: Workload, pairs: int, seconds: float) -> dict[st
 
 
 def sustained(rig: Rig, seconds: float) -> dict[str, Any]:
-    """Short connections for so long with one agent: rows, losses, CPU a row, memory, bytes a row."""
+    """Short connections for so long with one agent: rows, losses, CPU a row, memory, bytes a row.
+
+    It publishes as it does by default; its end is in what it spends.
+    """
     workers = rig.workers("short", *rig.targets(), count=4)
-    with Agent(rig) as agent:
+    with Agent(rig, "--rotate", "5m") as agent:
         for worker in workers:
             worker.begin(seconds)
         until, seen = time.monotonic() + seconds, []
@@ -122,9 +125,8 @@ def sustained(rig: Rig, seconds: float) -> dict[str, Any]:
             seen.append(agent.look())
             time.sleep(0.05)
         work = [worker.finish() for worker in workers]
-        agent.settle()
-        user, system = agent.cpu()
         written = agent.stop()
+        user, system = agent.cpu()
         connections = sum(done.operations for done in work)
         result = {
             "seconds": seconds,
