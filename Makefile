@@ -12,6 +12,9 @@ BENCH_PACKAGES := gcc libc6-dev bpfcc-tools bpftool conntrack
 VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tracer/version.py)
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
+# Tests of the parts of tracer/ that run without a kernel's events.
+BESIDE := tests/analysis tests/naming tests/store
+
 # A server that speaks Azure's protocol, for the tests of export; from npm, with Debian's node where there is none.
 AZURITE := $(VENV)/azurite
 AZURITE_VERSION := 3.35.0
@@ -45,8 +48,10 @@ $(AZURITE)/.ready-$(AZURITE_VERSION): $(VENV)/.ready
 demo: setup
 	$(BIN)/vip-tracer demo
 
+# What asks nothing of the kernel runs side by side; what loads programs and makes namespaces, one after the other.
 test: setup
-	$(BIN)/python -m pytest -q tests --ignore tests/scenarios --ignore tests/slow --ignore tests/vm --ignore tests/image
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(BESIDE)
+	$(BIN)/python -m pytest -q tests $(patsubst %,--ignore %,$(BESIDE) tests/scenarios tests/slow tests/vm tests/image)
 
 # Every way a virtual IP is rewritten and a connection ends: real rules, real traffic, exact rows. Takes its time.
 scenarios: setup
