@@ -185,8 +185,8 @@ def test_a_pod_that_serves_another_service_too(world: World) -> None:
     cluster.add_service("admin", [3])
     world.tell()
     world.trace()
-    world.crowd(80)
-    world.crowd(40, "admin")
+    world.crowd(150)
+    world.crowd(75, "admin")
     found = world.said()
     assert uneven(found) == set()
     assert "web-3 gets" in found.note
