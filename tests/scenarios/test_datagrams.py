@@ -428,7 +428,7 @@ def test_datagrams_that_nobody_answers(tmp_path: Path) -> None:
         client = cluster.clients[0]
         with agent(cluster, tmp_path / "data"):
             # One by one: what is sent at once may race (below).
-            held = client.datagrams(6, cluster.vip("dns"), SENDS, 0, keep=True)["number"]
+            held = client.datagrams(6, cluster.vip("dns"), SENDS, 0, source_port=9000, keep=True)["number"]
             silent = client.exchange(held, SENDS, 0, times=2)
             client.release(held)
             for server in cluster.servers:

@@ -58,8 +58,11 @@ class Run:
                 "direct": client.connect_many(5, (pod, 8080), SENDS, RECEIVES),
                 "leaving": client.connect_many(3, OUTSIDE, SENDS, RECEIVES),
                 "node_port": outside.connect_many(6, cluster.node_port("np"), SENDS, RECEIVES),
-                "connected": client.datagrams(8, cluster.vip("dns"), SENDS, RECEIVES),
-                "unconnected": client.datagrams(4, cluster.vip("dns"), SENDS, RECEIVES, connected=False),
+                # From ports that the kernel gives to nobody, so that none is another flow's.
+                "connected": client.datagrams(8, cluster.vip("dns"), SENDS, RECEIVES, source_port=9100),
+                "unconnected": client.datagrams(
+                    4, cluster.vip("dns"), SENDS, RECEIVES, connected=False, source_port=9200
+                ),
                 "direct_datagrams": client.datagrams(9, (pod, 5353), SENDS, RECEIVES),
                 "node_port_datagrams": outside.datagrams(2, cluster.node_port("dns"), SENDS, RECEIVES),
             }
@@ -67,7 +70,6 @@ class Run:
             # What is over ends here, what is held is open when the agent stops: the two ways to make a flow's row.
             cluster.node.run(["conntrack", "-D", "-p", "tcp", "--state", "TIME_WAIT"])
             cluster.node.run(["conntrack", "-D", "-p", "udp"])
-            # A port that the kernel gives to nobody, so that it is no other flow's.
             datagrams = client.datagrams(2, cluster.vip("dns"), SENDS, RECEIVES, source_port=9000, keep=True)["number"]
             for _ in range(8):  # longer than an interval
                 self.ledgers["held"] = client.exchange(held, SENDS, RECEIVES)
