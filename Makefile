@@ -12,7 +12,7 @@ BENCH_PACKAGES := gcc libc6-dev bpfcc-tools bpftool conntrack
 VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tracer/version.py)
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
-# Tests of the parts of tracer/ that run without a kernel's events.
+# Tests that load no program.
 BESIDE := tests/analysis tests/naming tests/store
 
 # A server that speaks Azure's protocol, for the tests of export; from npm, with Debian's node where there is none.
@@ -48,7 +48,7 @@ $(AZURITE)/.ready-$(AZURITE_VERSION): $(VENV)/.ready
 demo: setup
 	$(BIN)/vip-tracer demo
 
-# What asks nothing of the kernel runs side by side; what loads programs and makes namespaces, one after the other.
+# What loads no program runs side by side; the rest, whose traffic is counted and timed, one after the other.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(BESIDE)
 	$(BIN)/python -m pytest -q tests $(patsubst %,--ignore %,$(BESIDE) tests/scenarios tests/slow tests/vm tests/image)

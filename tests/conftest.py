@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from object_stores import azurite_lacks
 
@@ -87,7 +88,12 @@ CAPABILITIES: dict[str, Callable[[], str]] = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets all agents of a run share what was compiled once: what is left out is a second of CPU, not a check."""
+    """Lets all agents of a run share what was compiled once: what is left out is a second of CPU, not a check.
+
+    No example of hypothesis has a deadline: how long one takes is the machine's affair.
+    """
+    hypothesis.settings.register_profile("any-machine", deadline=None)
+    hypothesis.settings.load_profile("any-machine")
     if not os.environ.get("VIP_TRACER_CACHE"):
         cache = tempfile.mkdtemp(prefix="vip-tracer-programs-")
         os.environ["VIP_TRACER_CACHE"] = cache

@@ -122,7 +122,7 @@ def test_an_address_moves_to_another_pod_while_connections_are_open(
     other = cluster.backend_pods[1].ips[4], before["web-1"]
     running = traced("--interval", "1s")
     client, busy = cluster.clients[0], cluster.client_in(cluster.client_pods[0])
-    held = client.hold(8, cluster.vip())
+    held = client.hold(40, cluster.vip())  # so that some are the old pod's
     busy.begin_connects(360, cluster.vip(), 10, 10, rate=60.0)
     time.sleep(1.0)
 

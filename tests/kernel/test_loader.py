@@ -115,7 +115,7 @@ def test_a_child_that_never_gets_to_work(
 @pytest.mark.needs("bpf", "conntrack")
 def test_a_child_that_says_more_than_a_pipe_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A verifier's log easily does."""
-    monkeypatch.setattr("tracer.kernel.handover.TIMEOUT_S", 3)
+    monkeypatch.setattr("tracer.kernel.handover.TIMEOUT_S", 60)
     as_python(tmp_path, monkeypatch, "os.write(2, b'x' * (1 << 20))")
     with Capture(Options(sizes=SIZES)):
         pass

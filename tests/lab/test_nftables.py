@@ -296,8 +296,8 @@ def test_connections_go_where_the_service_says(mode: str, road: Road) -> None:
     def ways(service: Service) -> list[tuple[str, int]]:
         return [(service.address, 80), (service.load_balancers[0], 80), (road.node_ip, service.node_port)]
 
-    for address, port in ways(web):  # 2^-15 that one endpoint is never chosen
-        seen = {road.reach(road.outside, address, port) for _ in range(16)}
+    for address, port in ways(web):  # 2^-31 that one endpoint is never chosen
+        seen = {road.reach(road.outside, address, port) for _ in range(32)}
         assert seen == {(one, road.gateway), (two, road.gateway)}
     for address, port in ways(here)[1:]:  # this node's endpoint, and the client's own address
         assert {road.reach(road.outside, address, port) for _ in range(8)} == {(two, road.outside_ip)}
