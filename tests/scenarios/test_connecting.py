@@ -1,5 +1,6 @@
 """Every way in which programs connect: one row per connection, its own backend, and bytes to the last one."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,12 @@ def test_servers_that_share_a_port(cluster: Cluster, tmp_path: Path) -> None:
     assert (sums["opened"], sums["accepted"]) == (200, 200)
 
 
+def settle_subflows(cluster: Cluster) -> None:
+    """`settle`, and until the client's kernel has closed every subflow: MPTCP does so after it closed its parent."""
+    cluster.settle()
+    wait_until(lambda: not socket_statistics(cluster.client_pods[0].netns), "the subflows to close")
+
+
 @pytest.mark.needs("mptcp")
 @pytest.mark.parametrize("mptcp", [False, True])
 @pytest.mark.usefixtures("plainly_afterwards")
@@ -168,7 +175,7 @@ def test_mptcp(cluster: Cluster, tmp_path: Path, mptcp: bool) -> None:
     before = counter(cluster, "MPTcpExtMPCapableSYNACKRX")
     with agent(cluster, tmp_path / "data", "--connect-probe", "on"):
         ledger = client.connect_as("mptcp", 20, cluster.vip(), SENDS, RECEIVES)
-        cluster.settle()
+        settle_subflows(cluster)
     assert counter(cluster, "MPTcpExtMPCapableSYNACKRX") - before == (20 if mptcp else 0)
     found = translated(tmp_path / "data", ledger, cluster)
     assert (len(found), set(found.protocol)) == (20, {"tcp"})
@@ -181,7 +188,7 @@ def test_bytes_of_mptcp_are_those_of_the_subflow(cluster: Cluster, tmp_path: Pat
     serve(cluster, mptcp=True)
     with agent(cluster, tmp_path / "data"):
         ledger = cluster.clients[0].connect_as("mptcp", 20, cluster.vip(), 5_000, 70_000)
-        cluster.settle()
+        settle_subflows(cluster)
     assert not ledger["errno"].any()
     found = lives(rows(tmp_path / "data"))
     assert sorted(found.src_port) == sorted(ledger["local_port"])
@@ -298,6 +305,19 @@ def lossy(cluster: Cluster) -> Iterator[None]:
     cluster.node.run(["nft", "delete", "table", "inet", "lossy"])
 
 
+def at_rest(cluster: Cluster) -> dict[tuple[str, int, str, int], dict[str, int]]:
+    """What the kernel counts of the first client's sockets, once no late acknowledgement changes it any more."""
+    seen = []
+
+    def resting() -> bool:
+        time.sleep(0.25)  # TCP_DELACK_MAX is 200 ms
+        seen.append(socket_statistics(cluster.client_pods[0].netns, "dport", "=", ":80"))
+        return seen[-2:-1] == seen[-1:]
+
+    wait_until(resting, "the sockets to come to rest")
+    return seen[-1]
+
+
 @pytest.mark.parametrize("open_at_the_end", [True, False])
 @pytest.mark.usefixtures("lossy")
 def test_a_lossy_path(cluster: Cluster, tmp_path: Path, open_at_the_end: bool) -> None:
@@ -306,7 +326,7 @@ def test_a_lossy_path(cluster: Cluster, tmp_path: Path, open_at_the_end: bool) -
     with agent(cluster, tmp_path / "data", "--interval", "1s") as running:
         held = client.hold(4, cluster.vip())["number"]
         ledger = client.exchange(held, 20_000, 50_000, times=3)
-        truth = socket_statistics(cluster.client_pods[0].netns, "dport", "=", ":80")
+        truth = at_rest(cluster)
         if not open_at_the_end:
             ledger = client.release(held)
             cluster.settle()
@@ -327,7 +347,8 @@ def test_a_lossy_path(cluster: Cluster, tmp_path: Path, open_at_the_end: bool) -
     assert found.retransmits.sum() > 0
     for life in found.itertuples():
         known = truth[life.src_ip, life.src_port, life.dst_ip, life.dst_port]
-        assert life.retransmits == known["retrans"]
+        # A busy machine may be late with the answer to the FIN, which is sent again then.
+        assert life.retransmits - known["retrans"] in ((0,) if open_at_the_end else (0, 1))
         if open_at_the_end:
             assert life.rtt_us == known["rtt"]
     account(tmp_path / "data")

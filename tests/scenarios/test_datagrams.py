@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +56,16 @@ def emptied(world: Cluster) -> Cluster:
     """The same without an entry from the test before, which a port that comes again would continue."""
     world.node.run(["conntrack", "-F"])
     return world
+
+
+@contextmanager
+def lasting(cluster: Cluster) -> Iterator[None]:
+    """Entries outlast an agent's start or stop, which may take longer than their two seconds."""
+    cluster.node.sysctl({"net.netfilter.nf_conntrack_udp_timeout": 60})
+    try:
+        yield
+    finally:
+        cluster.node.sysctl({"net.netfilter.nf_conntrack_udp_timeout": 2})
 
 
 class Made(NamedTuple):
@@ -383,7 +393,7 @@ def test_a_socket_that_stays_open(watched: Watched) -> None:
 def test_a_graceful_stop_has_a_row_for_every_flow(emptied: Cluster, tmp_path: Path) -> None:
     """Their entries stand, so nothing is closed; a socket still open has no process."""
     cluster, (one, other) = emptied, emptied.clients
-    with agent(cluster, tmp_path / "data"):
+    with lasting(cluster), agent(cluster, tmp_path / "data"):
         closed = one.datagrams(10, cluster.vip("dns"), SENDS, RECEIVES)
         held = one.datagrams(10, cluster.vip("dns", 6), SENDS, RECEIVES, keep=True)
         plain = other.datagrams(10, cluster.vip("dns"), SENDS, RECEIVES, connected=False)
@@ -481,8 +491,8 @@ def test_owners_whose_datagrams_never_come_to_conntrack_are_forgotten(monkeypatc
     with Cluster(backends=1, clients=1, conntrack=SHORT) as cluster:
         with_dns(cluster)
         pod, vip = cluster.client_pods[0], cluster.vip("dns")
-        queue(pod, "8kbit")
-        with Capture(Options(node_netns=cluster.node.path)) as capture:
+        queue(pod, "1kbit")
+        with Capture(Options(node_netns=cluster.node.path, only_netns=(pod.netns.path,))) as capture:
             pod.netns.call(lambda: send_and_close(vip, 5))
             pod.netns.run(["tc", "qdisc", "del", "dev", "eth0", "root"])
             assert capture.maps.count("owners") == 5
@@ -499,7 +509,7 @@ def test_an_owner_whose_datagrams_never_came_is_not_the_next_ones(tmp_path: Path
     with Cluster(backends=1, clients=1, conntrack=SHORT) as cluster:
         with_dns(cluster)
         pod, (ip, port) = cluster.client_pods[0], cluster.vip("dns")
-        queue(pod, "8kbit")
+        queue(pod, "1kbit")
         with agent(cluster, tmp_path / "data"):
             late = pod.netns.call(lambda: send_and_close((ip, port), 5))[-1]
             pod.netns.run(["tc", "qdisc", "del", "dev", "eth0", "root"])
@@ -518,7 +528,7 @@ def test_late_datagrams_without_a_virtual_address_have_rows_when_the_tracer_stop
         with_dns(cluster)
         pod = cluster.client_pods[0]
         queue(pod, "64kbit")
-        with Capture(Options(node_netns=cluster.node.path)) as capture:
+        with Capture(Options(node_netns=cluster.node.path, only_netns=(pod.netns.path,))) as capture:
             sent = pod.netns.call(lambda: send_and_close((cluster.backend_pods[0].ips[4], 5353), 4))
             until(lambda: len(accepted(cluster.servers)) == 4, "the datagrams to come")
             records: list[np.ndarray] = []
@@ -540,6 +550,7 @@ def race(where: End, count: int) -> None:
         other = os.fork()
         if not other:
             os.sched_setaffinity(0, {cpus[-1]})
+            turn[1] = 1  # here, and about to wait
             for place, sock in enumerate(sockets):
                 while turn[0] <= place:
                     pass
@@ -547,6 +558,8 @@ def race(where: End, count: int) -> None:
             os._exit(0)
         try:
             os.sched_setaffinity(0, {cpus[0]})
+            while not turn[1]:
+                time.sleep(0.001)
             for place, sock in enumerate(sockets):
                 turn[0] = place + 1
                 sock.send(data)
@@ -577,15 +590,11 @@ def test_what_was_there_before_the_start_is_counted_from_then(emptied: Cluster, 
     cluster, client = emptied, emptied.clients[0]
     client.datagrams(5, cluster.vip("dns", 6), SENDS, RECEIVES)  # over, so in no row
     held = client.datagrams(4, cluster.vip("dns"), 1000, 1000, keep=True)["number"]
-    cluster.node.sysctl({"net.netfilter.nf_conntrack_udp_timeout": 60})  # the start takes longer than two seconds
-    try:
+    with lasting(cluster):
         client.exchange(held, 1000, 1000)
         with agent(cluster, tmp_path / "data"):
-            cluster.node.sysctl({"net.netfilter.nf_conntrack_udp_timeout": 2})
             ledger = client.exchange(held, SENDS, RECEIVES)
             client.release(held)
-    finally:
-        cluster.node.sysctl({"net.netfilter.nf_conntrack_udp_timeout": 2})
     table = rows(tmp_path / "data")
     found = check(table, ledger, cluster.servers)
     assert_all_are(found, nat="dnat", nat_source="dump", opened=False, started=None, pid=client.pid, bytes_sent=SENDS,

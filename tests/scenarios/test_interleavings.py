@@ -177,7 +177,8 @@ class World:
         self.note(worker, ledger, "udp", connected=connected)
 
     def delete(self) -> None:
-        """Somebody deletes the entries of one service under its connections."""
+        """Somebody deletes the entries of one service under its connections; what was closed has closed."""
+        self.settle()
         address = self.cluster.vip("solo")[0]
         with contextlib.suppress(TracerError):  # there were none
             self.cluster.node.run(["conntrack", "-D", "-p", "tcp", "-d", address])
@@ -277,6 +278,7 @@ STEPS = st.one_of(
 )
 
 
+@pytest.mark.timeout(600)
 # Not shrunk: an example takes seconds, and hypothesis prints its steps.
 @settings(
     max_examples=EXAMPLES,

@@ -9,6 +9,7 @@ import kube_lab
 import pytest
 from agent_world import Agent, agent
 from kube_api import KubeApi, serving
+from scenarios.truth import ends
 
 import tracer
 from tracer.analysis.diagnose import Finding
@@ -103,9 +104,31 @@ def test_connections_from_before(world: World) -> None:
     assert found.backends.sort_values("bytes_share")["backend"].iloc[-1] == "web-2"
 
 
+def stuck(cluster: Cluster, service: str) -> dict[str, set[str]]:
+    """Dials once with each client; which backends each node's clients have now."""
+    for client in cluster.clients:
+        client.connect_many(1, cluster.vip(service))
+    cluster.settle()
+    nodes = {pod.ips[4]: pod.node.name for pod in cluster.client_pods}
+    last: dict[str, tuple[int, str]] = {}
+    for server in cluster.servers:
+        ledger = server.ledger()
+        for ((own, _), (client, _)), row in zip(ends(ledger), ledger, strict=True):
+            last[client] = max(last.get(client, (0, "")), (int(row["started"]), own))
+    found: dict[str, set[str]] = {}
+    for client, (_, own) in last.items():
+        found.setdefault(nodes[client], set()).add(own)
+    return found
+
+
 def test_session_affinity(world: World) -> None:
     cluster = world.cluster
     cluster.add_service("sticky", affinity_seconds=600)
+    while alone := [pods for pods in stuck(cluster, "sticky").values() if len(pods) == 1]:
+        # One node's three clients stick to one backend: that looks like a node with other rules, and it is a rare draw.
+        print(f"drawn again: {alone}")  # noqa: T201  seen with -s
+        cluster.set_backends("sticky", [])
+        cluster.set_backends("sticky", range(4))
     world.tell()
     world.trace()
     for number, client in enumerate(cluster.clients):
@@ -175,6 +198,10 @@ def test_a_udp_flow_that_never_ends(world: World) -> None:
         cluster.clients[0].exchange([pinned["number"]], 100, 400, times=1000)
         time.sleep(0.5)  # longer than the interval, all in all
     found = world.said("dns")
+    flows = [len(server.ledger()) for server in cluster.servers]
+    assert sum(flows) == 601
+    if sum((count - 601 / 4) ** 2 / (601 / 4) for count in flows) > 11.34:
+        return  # one draw in a hundred (chi-square, three degrees of freedom) has flows that alone may be uneven
     # One flow that has most of the bytes proves nothing beyond chance: the verdict says so.
     assert first(found) == ("inconclusive", "udp-pinning")
     assert found.causes[0].numbers["share"] > 0.5

@@ -21,8 +21,9 @@ NS = 1_000_000_000
 
 @pytest.fixture
 def wall_clock() -> Iterator[None]:
-    """Set right again afterwards."""
+    """Half past, so that no hour ends by itself meanwhile; set right again afterwards."""
     offset = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    step(HOUR_S // 2 - int(time.time()) % HOUR_S)
     yield
     time.clock_settime(time.CLOCK_REALTIME, time.clock_gettime(time.CLOCK_BOOTTIME) + offset)
 
