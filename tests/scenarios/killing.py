@@ -1,29 +1,37 @@
 """Kills an agent at chosen moments, time after time on one dataset, and says what each time left behind."""
 
+import ctypes
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
-from agent_world import rows, until
+from agent_world import until
 from command_world import command, environment, namespaces
-from kernel_objects import orphans, processes
+from kernel_objects import Object, orphans, processes
 from scenarios.faults import again_and_again, never_wrong
 from scenarios.truth import ends
 
+from tracer.kernel import libbpf, loader
 from tracer.lab.cluster import Cluster
 
 SENDS, RECEIVES = 100, 300
 #: Of the agent's processes, in their environment: to find those that outlive it.
 MARK = "VIP_TRACER_TEST"
-#: A server notes the end of a connection a moment after the client's kernel did.
+#: What the two clocks of `_holes` may drift apart, and how late a deferred packet may tell a kernel of an end.
 SLACK_NS = 100_000_000
+#: The names of the tracer's programs, as far as a kernel keeps them (BPF_OBJ_NAME_LEN, with its zero); its maps' begin.
+PROGRAMS = {name.removesuffix("_program")[:15] for name in (*loader.DESCRIPTORS, *loader.OPTIONAL)}
+PROGRAMS |= {"bpf_iter__tcp", "bpf_iter__udp"}
+MAPS = "vt_"
+#: Where struct bpf_prog_info and struct bpf_map_info (include/uapi/linux/bpf.h) have the name, of 16 bytes.
+_NAME = {"prog": 64, "map": 24}
 
 
 @dataclass
@@ -75,6 +83,30 @@ def published(output: Path) -> set[Path]:
 
 def unpublished(output: Path) -> set[Path]:
     return set(output.glob("connections/v1/*/*/.*.tmp"))
+
+
+def own(objects: Iterable[Object]) -> set[Object]:
+    """Those that are programs and maps of the tracer: others on the machine may come and go.
+
+    Links have no names; one that is left behind holds its program.
+    """
+    names = {one: _name(one) for one in objects if one[0] in _NAME}
+    return {one for one, name in names.items() if name in PROGRAMS or (one[0] == "map" and name.startswith(MAPS))}
+
+
+def _name(one: Object) -> str:
+    """Its name; empty if it has been freed meanwhile."""
+    kind, number = one
+    fd = getattr(libbpf.library(), f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
+    if fd < 0:
+        return ""
+    try:
+        info = ctypes.create_string_buffer(_NAME[kind] + 16)
+        length = ctypes.c_uint32(len(info))
+        assert libbpf.library().bpf_obj_get_info_by_fd(fd, info, ctypes.byref(length)) == 0
+        return info.raw[_NAME[kind] :].split(b"\0")[0].decode(errors="replace")
+    finally:
+        os.close(fd)
 
 
 # -- moments ------------------------------------------------------------------------------------------------------
@@ -140,7 +172,7 @@ def kill_again_and_again(cluster: Cluster, output: Path, rounds: int, seed: int)
             process that outlives its agent, an agent that does not start after the one before was killed.
     """
     chance, tally = random.Random(seed), Tally()
-    client, left_before = cluster.clients[0], orphans()
+    client, left_before = cluster.clients[0], own(orphans())
     with again_and_again(lambda: client.connect_many(20, cluster.vip(), SENDS, RECEIVES, rate=300)):
         for number, moment in enumerate(MOMENTS * rounds):
             run = Run.start(cluster, output, "--rotate", "100ms", number=number)
@@ -151,7 +183,7 @@ def kill_again_and_again(cluster: Cluster, output: Path, rounds: int, seed: int)
             for path in output.glob("*/v1/*/*/[!.]*.parquet"):
                 pq.read_table(path)
             until(lambda run=run: not processes(run.mark), "the agent's children to end")
-    until(lambda: not orphans() - left_before, "the kernel to free what killed agents had loaded")
+    until(lambda: not own(orphans()) - left_before, "the kernel to free what killed agents had loaded")
     tally.lost = _holes(cluster, output)
     last = Run.start(cluster, output, number=-1)
     last.wait_until_ready()
@@ -165,32 +197,43 @@ def kill_again_and_again(cluster: Cluster, output: Path, rounds: int, seed: int)
     # Of a hundred kills' worth of connections, a port is used for several: not within a second, though.
     since = table[table.closed].sort_values("ts").groupby(["src_ip", "src_port"]).ts.diff()
     assert not (since < pd.Timedelta(seconds=1)).any(), "nothing is told twice"
-    assert not table[table.closed].duplicated("conn_id").any()
+    assert not _closed(output).duplicated(["run_id", "conn_id"]).any()
     return tally
+
+
+def _closed(output: Path) -> pd.DataFrame:
+    """The rows of connections that ended, with the run of their file: of its id a conn_id has 16 bits, which repeat."""
+    columns = ["conn_id", "ts", "closed", "src_ip", "src_port"]
+    parts = []
+    for path in sorted(published(output)):
+        with pq.ParquetFile(path) as file:
+            run_id = file.metadata.metadata[b"run_id"].decode()
+            parts.append(file.read(columns).to_pandas().assign(run_id=run_id))
+    table = pd.concat(parts, ignore_index=True)
+    return table[table.closed]
 
 
 def _holes(cluster: Cluster, output: Path) -> int:
     """Checks that what a killed agent lost is what came after its last publication; how much that was, of all runs.
 
-    A run's rows are published in the order in which their connections ended, so one that ended between two rows of a
-    run (by its server's account) must be there too.
+    A run's rows are published in the order in which their connections ended, so one that began and ended between two
+    rows of a run (by its server's account: accepted before its client closed it, ended after) must be there too.
     """
-    table = rows(output)
     boot = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    closed = table[table.closed]
+    closed = _closed(output)
     told = set(zip(closed.src_ip, closed.src_port, strict=True))
     ledgers = [server.ledger() for server in cluster.servers]
-    ended = {
-        peer: int(row["ended"])
+    lived = {
+        peer: (int(row["started"]), int(row["ended"]))
         for ledger in ledgers
         for (_, peer), row in zip(ends(ledger), ledger, strict=True)
         if row["ended"]
     }
-    untold = [when for peer, when in ended.items() if peer not in told]
-    # The id's upper 16 bits are the run's.
-    for _, rows_of_run in closed.groupby(closed.conn_id.astype("uint64") // (1 << 48)):
+    untold = [life for peer, life in lived.items() if peer not in told]
+    for _, rows_of_run in closed.groupby("run_id"):
         times = rows_of_run.ts.astype("int64") - boot
         first, last = int(times.min()) + SLACK_NS, int(times.max()) - SLACK_NS
-        assert not [when for when in untold if first < when < last], "a hole before the last publication"
-    assert closed.conn_id.nunique() == len(closed)
+        holes = [life for life in untold if first < life[0] and life[1] < last]
+        assert not holes, "a hole before the last publication"
+    assert not closed.duplicated(["run_id", "conn_id"]).any()
     return len(untold)

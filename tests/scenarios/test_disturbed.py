@@ -48,21 +48,22 @@ def test_conntrack_flushed_again_and_again_under_load(tmp_path: Path) -> None:
         for pod in (*made.client_pods, *made.backend_pods):
             pod.netns.sysctl(patience)
         with agent(made, tmp_path / "data", "--interval", "1s") as running:
+            # Its entry, at least, is dropped under it. It sends nothing: that might be led to another backend.
+            held = made.clients[0].hold(1, made.vip())
             with again_and_again(flush):
                 for client in made.clients:
                     # Nothing is waited for: an answer may never come.
                     client.begin_connects(400, made.vip(), SENDS, 0, timeout=2, rate=200)
-                ledger = np.concatenate([client.finish_connects() for client in made.clients])
+                ledger = np.concatenate([held, *(client.finish_connects() for client in made.clients)])
             running.stop()
         table = never_wrong(tmp_path / "data", made, unaccepted=True)
     dialled = {own: row for (own, _), row in zip(ends(ledger), ledger, strict=True)}
     assert flushes > 10
-    assert len(dialled) == 800
+    assert len(dialled) == 801
     report = coverage(tmp_path / "data")
-    assert table.conn_id.nunique() + losses(tmp_path / "data") == 800
+    assert table.conn_id.nunique() + losses(tmp_path / "data") == 801
     assert set(zip(table.src_ip, table.src_port, strict=True)) <= set(dialled)
-    if len(os.sched_getaffinity(0)) > 1:  # one CPU takes a handshake through veth in one go: no flush comes between
-        assert report.kept.sum() > 0, "entries were dropped under their connections"
+    assert report.kept.sum() > 0, "entries were dropped under their connections"
     closed = table[table.closed]
     assert not closed.conn_id.duplicated().any()
     whole = table.groupby("conn_id").agg({"src_ip": "first", "src_port": "first", "bytes_sent": "sum", "closed": "any"})

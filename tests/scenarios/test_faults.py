@@ -99,7 +99,8 @@ def test_namespaces_that_come_and_go_under_load(cluster: Cluster, tmp_path: Path
         running.stop()
     assert made > 10
     assert grown < 60
-    assert len(rows(tmp_path / "data")) + losses(tmp_path / "data") == sum(map(len, ledger))
+    # One that a busy machine lets stand for an interval has two rows.
+    assert rows(tmp_path / "data").conn_id.nunique() + losses(tmp_path / "data") == sum(map(len, ledger))
     never_wrong(tmp_path / "data", cluster)
 
 

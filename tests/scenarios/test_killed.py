@@ -10,8 +10,8 @@ from pathlib import Path
 
 import kernel_objects
 import pytest
-from agent_world import until
-from scenarios.killing import MOMENTS, RECEIVES, SENDS, Run, kill_again_and_again, published
+from agent_world import PATIENCE_S, until
+from scenarios.killing import MOMENTS, RECEIVES, SENDS, Run, kill_again_and_again, own, published
 
 from tracer.lab.cluster import Cluster
 
@@ -49,10 +49,10 @@ def harmless(cluster: Cluster) -> Iterator[list[str]]:
             def settings() -> set[tuple[int, str, str]]:
                 return {(place.inode, *one) for place in places for one in kernel_objects.settings(place).items()}
 
-            orphans, mounts = kernel_objects.orphans(), kernel_objects.mounts(holder.pid)
+            orphans, mounts = own(kernel_objects.orphans()), kernel_objects.mounts(holder.pid)
             before, listeners = settings(), kernel_objects.listeners(places[0])
             yield ["nsenter", f"--mount=/proc/{holder.pid}/ns/mnt"]
-            until(lambda: not kernel_objects.orphans() - orphans, "the kernel to free programs, maps and links")
+            until(lambda: not own(kernel_objects.orphans()) - orphans, "the kernel to free programs, maps and links")
             assert kernel_objects.mounts(holder.pid) - mounts == set()
             assert settings() ^ before == set()
             assert kernel_objects.listeners(places[0]) == listeners
@@ -70,6 +70,15 @@ def loader_of(run: Run) -> int | None:
     return int(found[0]) if found else None
 
 
+def caught_loader(run: Run) -> int:
+    """The process that compiles and attaches, stopped: so that it is still at it when it is killed."""
+    until(lambda: loader_of(run) or run.process.poll() is not None, "the loader", PATIENCE_S)
+    child = loader_of(run)
+    assert child is not None, run.said.read_text()
+    os.kill(child, signal.SIGSTOP)
+    return child
+
+
 def kill_all(run: Run) -> None:
     for pid in kernel_objects.processes(run.mark):
         os.kill(pid, signal.SIGKILL)
@@ -81,12 +90,14 @@ def test_whatever_ends_it_nothing_is_left(cluster: Cluster, tmp_path: Path, how:
     with harmless(cluster) as apart:
         run = Run.start(cluster, tmp_path / "data", "--rotate", "100ms", *options, prefix=apart)
         if how == "all at the start":
-            until(lambda: loader_of(run), "the loader")
+            caught_loader(run)
             kill_all(run)
             assert run.process.wait(30) == -signal.SIGKILL
         else:
             run.wait_until_ready()
-            assert {kind for kind, _ in kernel_objects.held(run.process.pid)} == {"prog", "map", "link"}
+            held = kernel_objects.held(run.process.pid)
+            assert {kind for kind, _ in held} == {"prog", "map", "link"}
+            assert own(held) == {one for one in held if one[0] != "link"}, "what is looked for afterwards is all"
             assert kernel_objects.listeners(cluster.nodes[0].netns) == 1
             cluster.clients[0].connect_many(50, cluster.vip(), SENDS, RECEIVES)
             run.process.send_signal(getattr(signal, how.partition(" ")[0]))
@@ -102,9 +113,7 @@ def test_the_loading_child_killed_half_way(
         monkeypatch.delenv("VIP_TRACER_CACHE")
     with harmless(cluster) as apart:
         run = Run.start(cluster, tmp_path / "data", prefix=apart)
-        until(lambda: loader_of(run) or run.process.poll() is not None, "the loader")
-        child = loader_of(run)
-        assert child is not None
+        child = caught_loader(run)
         # It has taken up its work once it has inherited descriptors of maps.
         until(lambda: "map" in {kind for kind, _ in kernel_objects.held(child)}, "the loader to be at work")
         os.kill(child, signal.SIGKILL)
@@ -125,8 +134,9 @@ class Limit:
         self.path.mkdir()
         (self.path / name).write_text(f"{megabytes << 20}\n")
 
-    def add(self, pid: int) -> None:
-        (self.path / "cgroup.procs").write_text(f"{pid}\n")
+    def prefix(self) -> list[str]:
+        """Executes a command inside, so that it is there from its first instruction on."""
+        return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs")]
 
     def kills(self) -> int:
         lines = (self.path / name for name in ("memory.oom_control", "memory.events"))
@@ -148,9 +158,8 @@ def limited(megabytes: int) -> Iterator[Limit]:
 def test_killed_for_want_of_memory(cluster: Cluster, tmp_path: Path) -> None:
     """By the kernel, as a container that reaches its limit; it begins with less than it needs."""
     with harmless(cluster) as apart, limited(60) as limit:
-        run = Run.start(cluster, tmp_path / "data", prefix=apart)
-        limit.add(run.process.pid)
-        status = run.process.wait(60)
+        run = Run.start(cluster, tmp_path / "data", prefix=[*apart, *limit.prefix()])
+        status = run.process.wait(PATIENCE_S)
         kills = limit.kills()
         until(lambda: not kernel_objects.processes(run.mark), "all of its processes to end")
     said = run.said.read_text()

@@ -38,6 +38,18 @@ def came_to(table: pd.DataFrame, cluster: Cluster) -> None:
         assert (row.protocol, seen_as, (row.backend_ip, int(row.backend_port))) in log
 
 
+def at_rest(cluster: Cluster) -> pd.DataFrame:
+    """conntrack's list when both ends have closed what was released, and nothing moves any more."""
+    cluster.settle()
+    return settled(cluster.node)
+
+
+def are_told(output: Path, chosen: Iterable[int]) -> bool:
+    """Whether there are rows of all of these ports to read."""
+    published = list((output / "connections").rglob("[!.]*.parquet"))
+    return bool(published) and set(chosen) <= set(rows(output).src_port)
+
+
 def delete_entries(cluster: Cluster) -> None:
     """All of the node's entries end now."""
     cluster.node.run(["conntrack", "-F"])
@@ -68,13 +80,15 @@ def test_connections_that_two_runs_see_are_counted_once_and_only_while_somebody_
         numbers = {name: ledger["number"] for name, ledger in held.items()}
         client.exchange([*numbers["idle"], *numbers["busy"]], 5000, 5000)
         client.connect_many(20, vip)
-        with agent(cluster, output, "--interval", "500ms"):
+        with agent(cluster, output, "--interval", "500ms", "--rotate", "200ms"):
             held["born"] = client.hold(3, vip)
             numbers["born"] = held["born"]["number"]
             client.exchange([*numbers["busy"], *numbers["born"]], SENDS, RECEIVES)
-            short = client.connect_many(40, vip, SENDS, RECEIVES, rate=40)  # a second, so that there are interim rows
+            short = client.connect_many(40, vip, SENDS, RECEIVES)
+            open_ports = [port for ledger in held.values() for port in ports(ledger)]
+            until(lambda: are_told(output, open_ports), "interim rows")
             client.exchange([*numbers["busy"], *numbers["born"]], SENDS, RECEIVES)
-            settled(cluster.node)
+            at_rest(cluster)
         first = rows(output)
 
         client.exchange([*numbers["busy"], *numbers["born"]], UNSEEN, UNSEEN)
@@ -89,7 +103,7 @@ def test_connections_that_two_runs_see_are_counted_once_and_only_while_somebody_
             last = client.connect_many(5, vip, SENDS, RECEIVES)
             for name in ("idle", "busy", "born"):
                 client.release(numbers[name][1:])
-            cluster.settle()
+            at_rest(cluster)
 
         before, after = runs(output, first)
         idle, busy, born, found = (ports(held[name]) for name in ("idle", "busy", "born", "found"))
@@ -138,7 +152,7 @@ def test_an_outside_host_keeps_its_node_port_connections_over_start_and_restart(
         for ledger in (idle, busy, ending, unseen):
             outside.exchange(ledger["number"], 5000, 5000)
         outside.connect_many(5, where)  # over, but conntrack still has their entries
-        at_start = settled(cluster.node)
+        at_start = at_rest(cluster)
         with agent(cluster, output, "--interval", "1s", "--rotate", "200ms"):
             outside.exchange([*busy["number"], *ending["number"], *unseen["number"]], SENDS, RECEIVES)
             born = outside.hold(2, where)
@@ -147,24 +161,23 @@ def test_an_outside_host_keeps_its_node_port_connections_over_start_and_restart(
 
             def interim() -> bool:
                 outside.exchange(busy["number"], SENDS, RECEIVES)
-                published = list((output / "connections").rglob("[!.]*.parquet"))
-                return bool(published) and set(ports(busy)) <= set(rows(output).src_port)
+                return are_told(output, ports(busy))
 
             until(interim, "an interim row of the busy ones")
             outside.exchange(busy["number"], SENDS, RECEIVES)
-            at_stop = settled(cluster.node)
+            at_stop = at_rest(cluster)
             cluster.node.run(["conntrack", "-D", "-p", "tcp", "--state", "TIME_WAIT"])
         first = rows(output)
 
         outside.exchange([*busy["number"], *unseen["number"], *born["number"]], UNSEEN, UNSEEN)
         outside.release(unseen["number"])
-        assert list(settled(cluster.node).state).count("TIME_WAIT") == len(unseen)
+        assert list(at_rest(cluster).state).count("TIME_WAIT") == len(unseen)
         cluster.node.run(["conntrack", "-D", "-p", "tcp", "--state", "TIME_WAIT"])
         at_restart = settled(cluster.node)
         with agent(cluster, output, "--interval", "1s"):
             outside.exchange([*busy["number"], *born["number"]], SENDS, RECEIVES)
             outside.release([*busy["number"], *born["number"]])
-            at_end = settled(cluster.node)
+            at_end = at_rest(cluster)
             assert set(at_end[at_end.src_port.isin(ports(busy))].state) == {"TIME_WAIT"}
             delete_entries(cluster)
 
@@ -215,15 +228,19 @@ def test_udp_flows_are_told_from_the_start_on_and_those_that_are_over_not_at_all
     with Cluster(backends=2, clients=1, conntrack=telling) as cluster:
         cluster.add_service("dns", port=53, target_port=5353, protocol="udp")
         client, vip = cluster.clients[0], cluster.vip("dns")
-        client.datagrams(4, vip, 5000, 5000, connected=connected)  # over
-        silent, held, released = (client.datagrams(2, vip, 5000, 5000, connected=connected, keep=True) for _ in "123")
+        # Ports that the kernel gives to nobody: it may give one of a closed socket again.
+        client.datagrams(4, vip, 5000, 5000, connected=connected, source_port=9000)  # over
+        silent, held, released = (
+            client.datagrams(2, vip, 5000, 5000, connected=connected, source_port=port, keep=True)
+            for port in (9100, 9200, 9300)
+        )
         with agent(cluster, output):
             # Where nothing is counted, only conntrack's times, in whole seconds, tell what moved since the start.
             time.sleep(0 if accounting else 1.5)
             client.exchange([*held["number"], *released["number"]], SENDS, RECEIVES, times=3)
             client.release(released["number"])
-            born = client.datagrams(3, vip, SENDS, RECEIVES, connected=connected)
-            kept = client.datagrams(3, vip, SENDS, RECEIVES, connected=connected, keep=True)
+            born = client.datagrams(3, vip, SENDS, RECEIVES, connected=connected, source_port=9400)
+            kept = client.datagrams(3, vip, SENDS, RECEIVES, connected=connected, source_port=9500, keep=True)
         first = rows(output)
 
         client.exchange([*held["number"], *kept["number"]], UNSEEN, UNSEEN)
