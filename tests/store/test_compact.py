@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import subprocess
 import threading
 from collections import Counter
@@ -151,10 +150,15 @@ def test_an_agent_does_not_publish_into_an_hour_that_is_being_exchanged(
 
 def test_readers_see_old_or_new(tmp_path: Path) -> None:
     """pandas, DuckDB and our own reader, while hours are compacted again and again: all rows, each once; or a file that
-    is gone since it was listed, which all of them say."""
+    is gone since it was listed, which all of them say. pandas and DuckDB may also see none, of a listing that the
+    exchange has overtaken (docs/limitations.md); this hour is all there is, so that they say this too."""
     dataset(tmp_path, *(numbered(100 * number, 10) for number in range(30)))
     expected, ended, wrong, seen = ids(tmp_path), threading.Event(), list[str](), Counter[str]()
     glob = f"{tmp_path}/connections/v*/*/*/*.parquet"
+    gone = "No such file", "is gone", "Cannot open"
+    # The directory that was opened is empty by now; or none of the names that were listed is in the new one, and Arrow
+    # and DuckDB leave out what they do not find.
+    overtaken = "No match for FieldRef.Name(conn_id)", "No files found that match"
 
     def by_duckdb() -> list[int]:
         found = duckdb.connect().execute(f"SELECT conn_id FROM '{glob}' ORDER BY 1").fetchall()
@@ -168,8 +172,8 @@ def test_readers_see_old_or_new(tmp_path: Path) -> None:
         while not ended.is_set():
             try:
                 found = read()
-            except (OSError, TracerError, duckdb.Error) as error:
-                if not any(word in str(error) for word in ("No such file", "is gone", "Cannot open")):
+            except (OSError, TracerError, duckdb.Error, pa.ArrowInvalid) as error:
+                if not any(word in str(error) for word in (gone if name == "reader" else (*gone, *overtaken))):
                     wrong.append(f"{name}: {error}")
                 seen[f"{name} was told"] += 1
                 continue
@@ -206,14 +210,39 @@ def test_readers_see_old_or_new(tmp_path: Path) -> None:
     assert all(seen[name] for name in readers), seen
 
 
+@pytest.mark.parametrize("turn", ["opened", "listed"])
+def test_our_reader_never_lists_a_part_of_an_hour_that_is_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: str
+) -> None:
+    """Another hour is there too, so that a listing that the exchange has overtaken would look like a whole one."""
+    *_, last = dataset(tmp_path, *(numbered(100 * number, 10) for number in range(30)))
+    later = (tmp_path / HOUR).with_name("hour=12")
+    later.mkdir()
+    last.rename(later / last.name)
+    expected, listdir, pending = ids(tmp_path), os.listdir, [True]
+
+    def overtaken(where: Any) -> list[str]:
+        names = listdir(where) if turn == "listed" else []
+        if pending and isinstance(where, int) and os.readlink(f"/proc/self/fd/{where}").endswith(HOUR):
+            pending.clear()
+            assert done(tmp_path)
+        return names or listdir(where)
+
+    monkeypatch.setattr(os, "listdir", overtaken)
+    paths = reader.files(tmp_path)
+    assert not pending
+    assert sorted(each for path in paths for batch in reader.batches(path, columns=["conn_id"])
+                  for each in batch.column(0).to_pylist()) == expected  # fmt: skip
+
+
 def test_killed_at_any_moment_every_row_is_there_once(tmp_path: Path) -> None:
     dataset(tmp_path, *(numbered(100 * number, 20) for number in range(60)))
-    expected, moments, met = ids(tmp_path), random.Random(5), 0
-    for _ in range(6):
+    expected, met = ids(tmp_path), 0
+    for moment in (0, 0.02, 0.05, 0.1, 0.2, 0.4):  # seconds after it began
         process = subprocess.Popen(command("compact", tmp_path), env=environment(), stdout=subprocess.DEVNULL)
         wait_until(lambda: process.poll() is not None or (tmp_path / ".compact").is_dir(), "it to begin")  # noqa: B023
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(moments.uniform(0, 0.4))
+            process.wait(moment)
         met += process.poll() is None
         process.kill()
         process.wait()

@@ -1,7 +1,8 @@
 """Hours that are over, each made into one large sorted file.
 
 In a directory the hour's directory is exchanged, in one step, for one that holds the merged file and all that was not
-merged; whoever lists the hour sees the one or the other. An object store knows no such step: there merged hours are
+merged; whoever lists the hour and finds it the same directory afterwards saw the one or the other (`reader.files`).
+An object store knows no such step: there merged hours are
 written below ``compacted/``, one object each, beside the originals, which stay.
 """
 

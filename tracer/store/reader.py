@@ -5,6 +5,7 @@ what an older one lacked is null.
 """
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -18,7 +19,8 @@ from tracer.store import layout
 from tracer.store.roots import File, Remote, RemoteFile, Root, source
 
 #: Published files below a table's directory.
-_BELOW = "v*/date=*/hour=*/*.parquet"
+_HOURS = "v*/date=*/hour=*"
+_BELOW = f"{_HOURS}/*.parquet"
 
 
 @overload
@@ -40,7 +42,7 @@ def files(
         shown = not path.name.startswith((".", "_"))
         return shown and (first is None or hour >= first) and (last is None or hour <= last)
 
-    every: Iterable[File] = root.glob(f"{table}/{_BELOW}") if isinstance(root, Path) else _remote(root, table)
+    every: Iterable[File] = _local(root, table) if isinstance(root, Path) else _remote(root, table)
     found = sorted(filter(wanted, every), key=lambda path: (path.parts[-3:-1], layout.start_of(path.name), path.name))
     if not found:
         if isinstance(root, Path) and root.name in schema.TABLES:
@@ -50,6 +52,37 @@ def files(
             f"no {table} in {root}; check the {where}, or wait for the agent's first publication (--rotate)"
         )
     return found
+
+
+def _local(root: Path, table: str) -> Iterator[Path]:
+    for directory in root.glob(f"{table}/{_HOURS}"):
+        for name in _names(directory):
+            if name.endswith(".parquet"):
+                yield directory / name
+
+
+def _names(directory: Path) -> list[str]:
+    """What is in an hour's directory, as it was at one moment.
+
+    Compaction exchanges the directory for another and empties the one that it took: whoever listed that one would see
+    a part of the hour, or nothing. So what was listed must still be the hour afterwards. (An open directory keeps its
+    inode's number from being used again.)
+    """
+    while True:
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                names = os.listdir(descriptor)
+                if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+                    return names
+            finally:
+                os.close(descriptor)
+        except (FileNotFoundError, NotADirectoryError):  # of an hour that retention has just ended; no hour at all
+            return []
+        except OSError as error:
+            raise TracerError(
+                f"cannot list {directory}: {error.strerror}; without it the hour is not whole: check permissions"
+            ) from error
 
 
 def _remote(root: Remote, table: str) -> Iterator[RemoteFile]:
