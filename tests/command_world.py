@@ -27,7 +27,9 @@ HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b2J\r\n\u2028\u202eevil\u200b \"quoted
 
 
 def environment(**more: str) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("VIP_TRACER_")}
+    """Ours without the options of our own command; but with the programs that conftest.py has compiled once."""
+    kept = "VIP_TRACER_CACHE"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("VIP_TRACER_") or name == kept}
     return own | {"PYTHONPATH": str(ROOT)} | more
 
 

@@ -129,27 +129,40 @@ def _gcs_address(where: str, port: int) -> str:
 
 @contextlib.contextmanager
 def azure(directory: Path) -> Iterator[Server]:
-    port, said = free_port(), directory / "azurite.log"
-    command = [AZURITE, "--skipApiVersionCheck", "--inMemoryPersistence", "--blobHost", "127.0.0.1", "--blobPort",
-               str(port), "--disableProductStyleUrl", "--disableTelemetry"]  # fmt: skip
-    with said.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, cwd=directory) as process:
-        try:
-            wait_until(lambda: "listens" in said.read_text() or process.poll() is not None, "Azurite to listen")
-            own = f"127.0.0.1:{port}"
-            client = fs.AzureFileSystem(
-                AZURE_ACCOUNT, account_key=AZURE_KEY, blob_storage_authority=own, dfs_storage_authority=own,
-                blob_storage_scheme="http", dfs_storage_scheme="http",
-            )  # fmt: skip
-            client.create_dir(BUCKET)
-            yield Server(
-                port,
-                _azure_address,
-                client,
-                lambda where: contextlib.nullcontext(_azure_address(where, port, WRONG_KEY)),
-                faults=(0.25, 3),
-            )
-        finally:
-            process.kill()
+    with _azurite(directory) as port:
+        own = f"127.0.0.1:{port}"
+        client = fs.AzureFileSystem(
+            AZURE_ACCOUNT, account_key=AZURE_KEY, blob_storage_authority=own, dfs_storage_authority=own,
+            blob_storage_scheme="http", dfs_storage_scheme="http",
+        )  # fmt: skip
+        client.create_dir(BUCKET)
+        yield Server(
+            port,
+            _azure_address,
+            client,
+            lambda where: contextlib.nullcontext(_azure_address(where, port, WRONG_KEY)),
+            faults=(0.25, 3),
+        )
+
+
+@contextlib.contextmanager
+def _azurite(directory: Path) -> Iterator[int]:
+    """Azurite, and its port: one that is free, but which somebody else may take in the seconds until it listens."""
+    said = directory / "azurite.log"
+    for _ in range(5):
+        port = free_port()
+        command = [AZURITE, "--skipApiVersionCheck", "--inMemoryPersistence", "--blobHost", "127.0.0.1", "--blobPort",
+                   str(port), "--disableProductStyleUrl", "--disableTelemetry"]  # fmt: skip
+        with said.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, cwd=directory) as process:
+            ended = process.poll
+            try:
+                wait_until(lambda: "listens" in said.read_text() or ended() is not None, "Azurite to listen", 90)  # noqa: B023
+                if ended() is None:
+                    yield port
+                    return
+            finally:
+                process.kill()
+    raise AssertionError(f"Azurite does not start: {said.read_text()}")
 
 
 def _azure_address(where: str, port: int, key: str = AZURE_KEY) -> str:

@@ -54,6 +54,11 @@ def translated(cluster: Cluster) -> dict[int, str]:
     return found
 
 
+def published(output: Path) -> bool:
+    """Whether there is a file of connections."""
+    return any((output / "connections").rglob("[!.]*.parquet"))
+
+
 def check_against(table: pd.DataFrame, ledger: Ledger, cluster: Cluster) -> None:
     """Exactly the ledger's connections, each with the backend that accepted it and the client's own counts."""
     assert len(table) == len(ledger)
@@ -109,10 +114,11 @@ def test_a_row_says_what_the_client_knows(tmp_path: Path, family: int) -> None:
         assert table.snat_ip.isna().all()
         started = table.set_index("src_port").started.astype("int64")
         boot_to_wall = np.array([started[int(row["local_port"])] - int(row["started"]) for row in ledger])
-        # the client stamps its own clock just before connect()
-        assert (np.ptp(boot_to_wall) < 5e6).all()
+        # the client stamps its own clock just before connect(), and may be kept from going on until it is connected
+        ns = (ledger["established"] - ledger["started"]).astype(np.int64)
+        assert (boot_to_wall - boot_to_wall.min() < 5e6 + ns).all()
         assert (table.connect_latency_us <= table.duration_us).all()
-        taken = {int(row["local_port"]): int(row["established"] - row["started"]) / 1000 for row in ledger}
+        taken = dict(zip(ledger["local_port"].tolist(), ns / 1000, strict=True))
         assert all(0 < row.connect_latency_us <= taken[row.src_port] for row in table.itertuples())
 
 
@@ -134,9 +140,11 @@ def test_a_connection_that_hangs_says_whom_it_waits_for(cluster: Cluster, tmp_pa
     for pod in cluster.backend_pods:
         pod.netns.run(["iptables", "-A", "INPUT", "-p", "tcp", "--dport", "8080", "-j", "DROP"])
     with agent(cluster, tmp_path / "data", "--interval", "500ms"):
-        ledger = cluster.clients[0].connect_many(2, cluster.vip(), SENDS, RECEIVES, timeout=2)
+        for client in cluster.clients:
+            client.begin_connects(1, cluster.vip(), SENDS, RECEIVES, timeout=6)
+        ledgers = [client.finish_connects() for client in cluster.clients]
     table = rows(tmp_path / "data").sort_values("ts")
-    assert len(ledger) == table.conn_id.nunique() == 2
+    assert sum(map(len, ledgers)) == table.conn_id.nunique() == 2
     for _, life in table.groupby("conn_id"):
         assert len(life) >= 2
         assert life.src_port.nunique() == 1
@@ -148,17 +156,23 @@ def test_a_connection_that_hangs_says_whom_it_waits_for(cluster: Cluster, tmp_pa
 
 
 def test_a_long_connection_has_a_row_per_interval_and_counts_nothing_twice(cluster: Cluster, tmp_path: Path) -> None:
-    client = cluster.clients[0]
-    with agent(cluster, tmp_path / "data", "--interval", "500ms"):
-        held = client.hold(3, cluster.vip())["number"]
+    client, data = cluster.clients[0], tmp_path / "data"
+    with agent(cluster, data, "--interval", "500ms", "--rotate", "500ms"):
+        ledger = client.hold(3, cluster.vip())
+        held, ports = ledger["number"], ledger["local_port"].tolist()
+
+        def each_has_two() -> bool:
+            interim = rows(data) if published(data) else pd.DataFrame(columns=["src_port", "closed", "conn_id"])
+            return (interim[interim.src_port.isin(ports) & ~interim.closed].groupby("conn_id").size() > 1).sum() == 3
+
         for _ in range(60):  # about three seconds: each exchange follows a short connection of its own
             client.exchange(held, SENDS, RECEIVES)
             client.connect_many(5, cluster.vip(), 0, 0, rate=100)
+        until(each_has_two, "interim rows")  # an agent that is kept from running has fewer by then
         ledger = client.release(held)
         cluster.settle()
-    table = rows(tmp_path / "data")
-    counts = table.groupby("conn_id").size()
-    long = table[table.conn_id.isin(counts[counts > 1].index)].sort_values("ts")
+    table = rows(data)
+    long = table[table.src_port.isin(ports)].sort_values("ts")
     assert long.conn_id.nunique() == 3
     assert long.groupby("conn_id").opened.sum().eq(1).all()
     assert long.groupby("conn_id").closed.sum().eq(1).all()
@@ -172,8 +186,10 @@ def test_a_long_connection_has_a_row_per_interval_and_counts_nothing_twice(clust
         assert life.started.nunique() == 1
         assert life.result.isna().sum() == len(life) - 1
         assert (life.duration_us.to_numpy()[:-1] >= 500_000).all()
-    # the short ones have one row each
-    assert (counts == 1).sum() == 300
+    # the short ones have one row each, unless a slow machine kept one for an interval
+    short = table[~table.src_port.isin(ports)]
+    assert short.closed.sum() == short.conn_id.nunique() == 300
+    assert (short[~short.closed].duration_us >= 500_000).all()
 
 
 def test_what_was_there_before_the_start_is_found_and_counted_from_then(cluster: Cluster, tmp_path: Path) -> None:
@@ -268,7 +284,7 @@ def test_more_open_connections_than_the_ring_holds_all_get_their_interim_rows(cl
             nonlocal short
             client.connect_many(100, cluster.vip(), 0, 0, rate=50)  # two seconds in which their rows are not alone
             short += 100
-            if not (data / "connections").exists():
+            if not published(data):
                 return False
             table = rows(data)
             return table[~table.closed].conn_id.nunique() == 200
@@ -352,17 +368,17 @@ def test_kill_leaves_nothing_in_the_kernel_and_no_half_file(cluster: Cluster, tm
         programs = _programs_of(running.process.pid)
         assert len(programs) == 8 + btf.are_tracepoints_preemptible()
         assert programs <= _loaded()
-        while not list((output / "connections").rglob("[!.]*.parquet")):
+        while not published(output):
             cluster.clients[0].connect_many(50, cluster.vip(), SENDS, RECEIVES)
         running.process.kill()
         running.process.wait()
     until(lambda: not programs & _loaded(), "the kernel to free the programs")
-    published = rows(output)
-    assert (published.nat == "dnat").all()
+    before = rows(output)
+    assert (before.nat == "dnat").all()
     (output / "connections/v1").mkdir(parents=True, exist_ok=True)
     with agent(cluster, output):
         pass
     assert not [path for path in output.rglob(".*") if path.is_file() and "lock" not in path.name], (
         "stale files are removed"
     )
-    assert len(rows(output)) >= len(published)
+    assert len(rows(output)) >= len(before)

@@ -126,9 +126,13 @@ def _agent(cluster: Cluster, output: Path) -> Iterator[None]:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
-        # no VIP_TRACER_* of the user's; and never a module from the current directory
+        # no VIP_TRACER_* of the user's, but for programs compiled before; and never a module from the current directory
         env={
-            **{name: value for name, value in os.environ.items() if not name.startswith("VIP_TRACER_")},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith("VIP_TRACER_") or name == "VIP_TRACER_CACHE"
+            },
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
             "PYTHONSAFEPATH": "1",
         },

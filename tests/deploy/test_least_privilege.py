@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from agent_world import agent, coverage, losses, rows
+from agent_world import agent, coverage, losses, rows, until
 from command_world import command, environment
 from deploy.manifests import container
 from scenarios.truth import check
@@ -45,6 +45,14 @@ def test_the_overlay_has_what_the_agent_demands_and_no_more() -> None:
     assert security["allowPrivilegeEscalation"] is False
 
 
+def tcp(output: Path) -> pd.DataFrame:
+    """What is published of TCP so far."""
+    if not any((output / "connections").rglob("[!.]*.parquet")):
+        return pd.DataFrame({"opened": pd.Series(dtype=bool)})
+    table = rows(output)
+    return table[table.protocol == "tcp"]
+
+
 def test_it_traces_everything(cluster: Cluster, tmp_path: Path) -> None:
     """Sockets found in pods at the start, and their interim rows; both tracepoints; conntrack's stream and dump; the
     cgroup program, by which UDP rows have a process; the connect probe, on a tracefs of its own.
@@ -52,10 +60,11 @@ def test_it_traces_everything(cluster: Cluster, tmp_path: Path) -> None:
     client = cluster.clients[0]
     numbers = client.hold(3, cluster.vip())["number"]
     started = only(ADDED, cluster.node.path)
-    with agent(cluster, tmp_path / "data", "--interval", "1s", "--connect-probe", "on", prefix=started) as running:
+    options = "--interval", "2s", "--rotate", "500ms", "--connect-probe", "on"
+    with agent(cluster, tmp_path / "data", *options, prefix=started) as running:
         ledger = client.connect_many(30, cluster.vip(), 100, 300)
         datagrams = client.datagrams(5, cluster.vip("dns"), 100, 300)
-        time.sleep(1.5)  # an interval and a half: the held ones have had their row
+        until(lambda: (~tcp(tmp_path / "data").opened).any(), "a row of what was held before the start")
         running.stop()
     client.release(numbers)
     table = rows(tmp_path / "data")
@@ -65,17 +74,18 @@ def test_it_traces_everything(cluster: Cluster, tmp_path: Path) -> None:
     assert said.adopted.sum() == 3
     programs = set(said.programs.iloc[-1].split(","))
     assert {"cgroup/sock_release", "tracepoint/sys_enter_connect", "iter/tcp", "socket_filter/ctnetlink"} <= programs
-    whole = table[table.opened & (table.protocol == "tcp")]
+    connections = tcp(tmp_path / "data")
+    whole = connections[connections.opened]
     check(whole, ledger, cluster.servers)
     assert whole.pid.notna().all()
-    held = table[~table.opened & (table.protocol == "tcp")]
+    held = connections[~connections.opened]
     assert held.conn_id.nunique() == 3
     assert len(held) > 3, "interim rows"
     assert set(held.nat) == {"dnat"}
     flows = table[table.protocol == "udp"]
     assert set(flows.role) == {"client"}
     assert flows.pid.notna().all()
-    assert sorted(flows.src_port) == sorted(int(port) for port in datagrams["local_port"])
+    assert sorted(flows[flows.opened].src_port) == sorted(int(port) for port in datagrams["local_port"])
 
 
 @pytest.mark.parametrize("without", ADDED)

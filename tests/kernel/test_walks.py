@@ -63,7 +63,7 @@ def test_a_connect_that_hangs_claims_its_translation_before_its_interval_is_over
     cluster.backend_pods[0].netns.run(["iptables", "-A", "INPUT", "-p", "tcp", "--dport", "8080", "-j", "DROP"])
     with Capture(options(cluster, interval_s=600)) as capture:
         walked.clear()
-        client.begin_connects(1, cluster.vip(), 0, 0, timeout=5)
+        client.begin_connects(1, cluster.vip(), 0, 0, timeout=60)
         wait_until(lambda: capture.totals()["open_connections"] == 1, "a connect")
         monkeypatch.setattr(module, "_HANGS_NS", 10**12)
         capture.interim(capture.drain)
@@ -73,6 +73,7 @@ def test_a_connect_that_hangs_claims_its_translation_before_its_interval_is_over
         assert walked == [pod]
         capture.interim(capture.drain)
         assert walked == [pod], "once is enough"
+        cluster.backend_pods[0].netns.run(["iptables", "-F", "INPUT"])  # its SYN is sent again soon
         client.finish_connects()
         rows = [capture.drain()]
         wait_until(lambda: bool(rows.append(capture.drain())) or sum(map(len, rows)) > 0, "its row")
