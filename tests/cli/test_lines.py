@@ -22,6 +22,7 @@ def test_a_line_says_it_all() -> None:
         "11:59:00.000", "=", "tcp", "10.244.1.150:0 → 10.244.1.10:80 ⇒ 10.244.1.11:8080", "dnat", "ok",
         "connect 0µs", "for 0µs", "↑0B ↓0B", "curl[0]",
     ]  # fmt: skip
+    assert line(row, wide=True).startswith("2026-07-31T11:59:00.000  =  tcp")
 
 
 def test_names_stand_before_addresses_and_no_arrow_where_nothing_was_rewritten() -> None:

@@ -33,16 +33,17 @@ def test_a_directory_without_data_is_exit_code_3(tmp_path: Path) -> None:
     assert f"no connections in {tmp_path}" in said
 
 
-def test_a_corrupt_file_among_good_ones_is_named(tmp_path: Path) -> None:
+def test_a_corrupt_file_among_good_ones_is_named_and_left_out(tmp_path: Path) -> None:
     _, bad, _ = dataset(tmp_path, rows(2), rows(2), rows(2))
     whole = bad.read_bytes()
     for broken in (b"", b"PAR1", whole[:-7], b"PAR1" + os.urandom(200) + b"PAR1", whole[:40] + bytes(60) + whole[100:]):
         bad.write_bytes(broken)
         done = CliRunner().invoke(main, ["observe", str(tmp_path), "-o", "csv"])
         assert done.exit_code == 1, done.stderr
-        assert done.stderr.startswith(f"vip-tracer: cannot read {bad}: ")
+        assert done.stderr.startswith(f"Left out: cannot read {bad}: ")
         assert "move the file out of the dataset" in done.stderr
-        assert len(done.stdout.splitlines()) == 3  # the file before it was good
+        assert f"vip-tracer: 1 of 3 files were left out: these are not all rows of {tmp_path}" in done.stderr
+        assert len(done.stdout.splitlines()) == 5  # a header, and the good ones' rows
 
 
 def test_the_limit_counts_rows_across_files_and_batches(tmp_path: Path) -> None:

@@ -51,6 +51,17 @@ def test_hostile_names_drive_no_terminal(tmp_path: Path) -> None:
     assert "[red]" in done.stdout
 
 
+def test_a_file_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
+    good, bad = dataset(tmp_path, rows(400), rows(400))
+    bad.write_bytes(bad.read_bytes()[:-7])
+    done = run("top", tmp_path, "-n", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Left out: cannot read {bad}" in done.stdout.replace("\n", "")
+    assert "10.244.1.11" in done.stdout
+    good.write_bytes(b"")
+    assert f"cannot read {good}" in sentence(run("top", tmp_path, "-n", "1"), 1)
+
+
 def test_nothing_to_show_and_nonsense(tmp_path: Path) -> None:
     assert "no connections" in sentence(run("top", tmp_path, "-n", "1"), 3)
     assert "--window" in sentence(run("top", tmp_path, "--window", "1s", "--refresh", "5s"), 2)

@@ -69,7 +69,8 @@ def _backend(row: Row) -> str:
 def line(row: Row, wide: bool = False) -> str:
     """One row on one line: time, event, client → virtual address ⇒ backend, how it went.
 
-    The event is + for a connection's beginning, - for its end, = for both, ~ for an interval in between.
+    The event is + for a connection's beginning, - for its end, = for both, ~ for an interval in between. `wide`: with
+    the date, a client's address beside its name, and more of the row.
     """
     event = {(True, True): "=", (True, False): "+", (False, True): "-", (False, False): "~"}[
         row["opened"], row["closed"]
@@ -83,7 +84,7 @@ def line(row: Row, wide: bool = False) -> str:
         path += f" as {endpoint_text(row['snat_ip'], row['snat_port'])}"
     process = f"{row['comm']}[{row['pid']}]" if row["pid"] is not None else "-"
     parts = [
-        f"{row['ts']:%H:%M:%S}.{row['ts'].microsecond // 1000:03d}",
+        f"{row['ts']:{'%Y-%m-%dT%H:%M:%S' if wide else '%H:%M:%S'}}.{row['ts'].microsecond // 1000:03d}",
         event,
         row["protocol"],
         path,

@@ -1,17 +1,18 @@
 """``vip-tracer observe``: connections as they end (and, the long ones, as they last), a line each."""
 
+import logging
 import select
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tracer.cli import options
+from tracer.cli import logs, options
 from tracer.cli.lines import FORMATS, Row, render, rows_of
-from tracer.errors import NoDataError, UsageError
+from tracer.errors import NoDataError, TracerError, UsageError
 
 #: Rows that become Python objects at once.
 _SLICE = 1024
@@ -33,7 +34,8 @@ def observe(
     """Print connections, a line each: live from this node, or those of a DATASET.
 
     The line says: time, event (+ began, - ended, = both, ~ an interval of a long one), client → address dialled ⇒
-    backend, translation, result, connect latency, duration, bytes sent and received, process. Times are UTC.
+    backend, translation, result, connect latency, duration, bytes sent and received, process. Times are UTC; "wide"
+    has the date too.
     """
     printer = _Printer(output_format, limit)
     if dataset is not None:
@@ -75,12 +77,22 @@ def _nobody_reads() -> bool:
 def _from_dataset(printer: _Printer, root: Path, follow: bool, seconds: float | None) -> None:
     deadline = None if seconds is None else time.monotonic() + seconds
     seen: set[Path] = set()
+    failures: list[TracerError] = []
+
+    def failed(error: TracerError) -> None:
+        failures.append(error)
+        logs.say(f"Left out: {error}.", logging.WARNING)
+
     try:
         while True:
-            for rows in _unseen(root, seen, follow):
+            for rows in _unseen(root, seen, follow, failed):
                 printer.show(rows)
                 if printer.finished() or (deadline is not None and time.monotonic() >= deadline):
                     return
+            if not follow and failures:
+                raise TracerError(
+                    f"{len(failures)} of {len(seen)} files were left out: these are not all rows of {root}"
+                )
             if not follow or printer.finished() or (deadline is not None and time.monotonic() >= deadline):
                 return
             time.sleep(0.5)
@@ -89,7 +101,7 @@ def _from_dataset(printer: _Printer, root: Path, follow: bool, seconds: float | 
             raise
 
 
-def _unseen(root: Path, seen: set[Path], patient: bool) -> Iterator[list[Row]]:
+def _unseen(root: Path, seen: set[Path], patient: bool, failed: Callable[[TracerError], object]) -> Iterator[list[Row]]:
     """Rows of the files that are not among `seen`, which grows. Without any file: an error, unless `patient`."""
     from tracer.store import layout, reader
 
@@ -105,9 +117,12 @@ def _unseen(root: Path, seen: set[Path], patient: bool) -> Iterator[list[Row]]:
         # What is merged while we follow was shown before it was; and it is gone then, under its own name.
         if patient and ((began and layout.is_merged(path.name)) or not path.exists()):
             continue
-        for batch in reader.batches(path):
-            for start in range(0, batch.num_rows, _SLICE):
-                yield rows_of(batch.slice(start, _SLICE))
+        try:
+            for batch in reader.batches(path):
+                for start in range(0, batch.num_rows, _SLICE):
+                    yield rows_of(batch.slice(start, _SLICE))
+        except TracerError as error:
+            failed(error)
 
 
 def _live(printer: _Printer, seconds: float | None, values: dict[str, Any]) -> None:

@@ -2,14 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tracer.cli import options
-from tracer.errors import NoDataError, UsageError
+from tracer.errors import NoDataError, TracerError, UsageError
 from tracer.words import bytes_text, printable
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ class _Screen:
         """Whether enough tables were shown."""
         return self._left == 0
 
-    def show(self, loads: "Sequence[Load]", head: str) -> None:
-        """Shows loads."""
+    def show(self, loads: "Sequence[Load]", head: str, warning: str = "") -> None:
+        """Shows loads; below the head, what they lack."""
         chosen = [load for load in loads if load.service.startswith(self._service)]
-        table = _table(chosen, head, self._console.height - 4 if self._live else None)
+        table = _table(chosen, head, warning, self._console.height - 4 if self._live else None)
         if self._live:
             self._live.update(table, refresh=True)
         else:
@@ -150,12 +150,19 @@ def _from_dataset(screen: _Screen, root: Path, window_s: float, refresh_s: float
             paths = reader.files(root, "connections", begin, end + 1)
             if paths != known:
                 known = paths
-                window = moving.Window(seconds)
+                window, failures = moving.Window(seconds), list[TracerError]()
                 for path in paths:
-                    for rows in reader.tables(path, columns=_columns()):
-                        window.add(rows)
-                loads = window.loads(end, _published_endpoints(root, begin, end))
-            screen.show(loads, f"{root}, {seconds:.3g} s up to {_when(end)}")
+                    try:
+                        for rows in reader.tables(path, columns=_columns()):
+                            window.add(rows)
+                    except TracerError as error:
+                        failures.append(error)
+                if len(failures) == len(paths):
+                    raise failures[0]
+                loads = window.loads(end, _published_endpoints(root, begin, end, failures.append))
+            head = f"{root}, {seconds:.3g} s up to {_when(end)}"
+            more = f"; and {len(failures) - 1} more files" if len(failures) > 1 else ""
+            screen.show(loads, head, f"Left out: {failures[0]}{more}" if failures else "")
             if not screen.finished:
                 time.sleep(refresh_s)
 
@@ -166,7 +173,9 @@ def _columns() -> Sequence[str]:
     return partial.COLUMNS
 
 
-def _published_endpoints(root: Path, begin_ns: int, end_ns: int) -> "Iterator[pa.Table]":
+def _published_endpoints(
+    root: Path, begin_ns: int, end_ns: int, failed: Callable[[TracerError], object]
+) -> "Iterator[pa.Table]":
     from tracer.analysis import endpoints
     from tracer.store import reader
 
@@ -175,14 +184,17 @@ def _published_endpoints(root: Path, begin_ns: int, end_ns: int) -> "Iterator[pa
     except NoDataError:
         return
     for path in paths:
-        yield from reader.tables(path, "endpoints", endpoints.COLUMNS)
+        try:
+            yield from reader.tables(path, "endpoints", endpoints.COLUMNS)
+        except TracerError as error:
+            failed(error)
 
 
 def _when(at_ns: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_ns / 1e9))
 
 
-def _table(loads: "Sequence[Load]", head: str, most_lines: int | None) -> "Group":
+def _table(loads: "Sequence[Load]", head: str, warning: str, most_lines: int | None) -> "Group":
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -209,7 +221,10 @@ def _table(loads: "Sequence[Load]", head: str, most_lines: int | None) -> "Group
         table.add_row(f"and {len(loads) - shown} more services")
     if not loads:
         table.add_row("no connections through a virtual address in this time")
-    return Group(Text(printable(head), no_wrap=True, overflow="ellipsis"), table)
+    heads = [Text(printable(head), no_wrap=True, overflow="ellipsis")]
+    if warning:
+        heads.append(Text(printable(warning), style="red"))
+    return Group(*heads, table)
 
 
 def _service(load: "Load") -> Iterator[Any]:
