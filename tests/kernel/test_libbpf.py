@@ -1,8 +1,10 @@
 """The bpf(2) calls of user space, on real maps."""
 
 import errno
+import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +59,35 @@ def test_a_bucket_that_does_not_fit_into_a_batch(table: int, monkeypatch: pytest
     assert max(sizes) > 1
     keys, _ = libbpf.map_items(table, KEY, VALUE)
     assert len(np.unique(keys)) == 5_000
+
+
+def test_a_map_that_changes_while_it_is_read_gives_more_than_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read goes, and as much is new: some of it further on, so that more elements come than there is room."""
+    word, batches, fresh = np.dtype("<u8"), libbpf.map_batches, itertools.count(1 << 32)
+    fd = libbpf.map_create(libbpf.MAP_TYPE_HASH, "vt_test", 8, 8, 5_000)
+
+    def insert(number: int) -> None:
+        assert libbpf.map_update(fd, number.to_bytes(8, "little"), number.to_bytes(8, "little")) == 0
+
+    def churned(*asked: Any) -> Iterator[libbpf.Pair]:
+        for keys, values in batches(*asked):
+            yield keys, values
+            for key in keys.tolist():
+                assert libbpf.map_delete(fd, key.to_bytes(8, "little"))
+                insert(next(fresh))
+
+    try:
+        for number in range(5_000):
+            insert(number)
+        monkeypatch.setattr(libbpf, "_BATCH", 500)
+        monkeypatch.setattr(libbpf, "map_batches", churned)
+        keys, values = libbpf.map_items(fd, word, word)
+    finally:
+        os.close(fd)
+    assert len(keys) > 5_000
+    assert len(np.unique(keys)) == len(keys)
+    assert np.array_equal(keys, values)
+    assert set(range(5_000)) <= set(keys.tolist())
 
 
 def test_update_answers_with_the_errno(table: int) -> None:
