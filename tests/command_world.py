@@ -99,7 +99,8 @@ def dataset(root: Path, *tables: pa.Table) -> list[Path]:
         where = layout.partition(root, "connections", EPOCH // layout.HOUR_NS)
         where.mkdir(parents=True, exist_ok=True)
         made.append(where / layout.published_name("node-1", EPOCH + number * 1000, "0123456789ab", number))
-        pq.write_table(content, made[-1])
+        pq.write_table(content, where / ".writing.tmp")
+        (where / ".writing.tmp").rename(made[-1])  # whole or not at all, as the product's
     return made
 
 

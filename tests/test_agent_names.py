@@ -189,8 +189,8 @@ def test_an_address_moves_between_pods_of_another_node(tmp_path: Path) -> None:
         first = next(item for item in told["pods"] if item["metadata"]["name"] == cluster.backend_pods[0].name)
         here = cluster.backend_pods[0].ips[4], first
         moved = kube_lab.pod_at("web-new", "node-2", old.ips[4])
-        config = server.kubeconfig(tmp_path / "kubeconfig")
-        with agent(cluster, tmp_path / "data", "--kubeconfig", str(config), "--interval", "1s", *QUICK) as running:
+        config, often = server.kubeconfig(tmp_path / "kubeconfig"), ("--interval", "1s", "--rotate", "500ms")
+        with agent(cluster, tmp_path / "data", "--kubeconfig", str(config), *often, *QUICK) as running:
             held = cluster.clients[0].hold(8, cluster.vip())
             busy = cluster.client_in(cluster.client_pods[0])
             busy.begin_connects(360, cluster.vip(), 10, 10, rate=60.0)
@@ -203,7 +203,12 @@ def test_an_address_moves_between_pods_of_another_node(tmp_path: Path) -> None:
             _give(new, old.ips[4], device, cluster, 3)
             server.set("endpointslices", kube_lab.slice_(cluster.services["web"], here, (old.ips[4], moved)))
             cluster.set_backends("web", (0, 1))
-            time.sleep(HEARD_S)
+
+            def heard_of() -> bool:
+                cluster.clients[0].connect_many(2, cluster.vip(), 10, 10)  # also where those of `busy` are over
+                return "web-new" in _backends(tmp_path / "data")
+
+            until(heard_of, "the moved address to have its new name")
             heard = pd.Timestamp.now("UTC")
             busy.finish_connects()
             busy.connect_many(60, cluster.vip(), 10, 10)  # where all this took longer than those
@@ -226,6 +231,12 @@ def test_an_address_moves_between_pods_of_another_node(tmp_path: Path) -> None:
     # a second before the one change is heard, and up to the other; before and after, all three are named
     assert unnamed.started.between(before - pd.Timedelta(1, "s"), heard).all()
     assert set(table.backend_pod.dropna()) == set(name_of.values())
+
+
+def _backends(output: Path) -> set[str]:
+    """Names of backends that published rows have."""
+    published = any((output / "connections").rglob("[!.]*.parquet"))
+    return set(rows(output).backend_pod.dropna()) if published else set()
 
 
 def test_rows_wait_for_a_server_that_is_late(cluster: Cluster, traced: Callable[..., Agent], server: KubeApi) -> None:

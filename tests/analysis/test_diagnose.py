@@ -54,7 +54,7 @@ def test_a_clock_in_the_future_is_said(
     tables: dict[str, pa.Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(tmp_path, tables)
-    end = diagnose.last_moment(tmp_path)
+    end = diagnose.last_moment(tmp_path, pytest.fail)
     monkeypatch.setattr(diagnose.time, "time_ns", lambda: end - 90 * MINUTE)
     assert any("Rows end 90 min from now" in sentence for sentence in diagnose.diagnose(tmp_path).warnings)
 

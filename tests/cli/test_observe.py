@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -17,6 +19,8 @@ from command_world import HOSTILE, Talk, command, dataset, environment, named, n
 from tracer.cli import main
 from tracer.lab.cluster import Cluster
 from tracer.lab.netns import wait_until
+from tracer.store import reader
+from tracer.store.compact import Chosen, compact
 
 live = pytest.mark.needs("bpf", "netns", "iptables")
 
@@ -42,8 +46,30 @@ def test_a_corrupt_file_among_good_ones_is_named_and_left_out(tmp_path: Path) ->
         assert done.exit_code == 1, done.stderr
         assert done.stderr.startswith(f"Left out: cannot read {bad}: ")
         assert "move the file out of the dataset" in done.stderr
-        assert f"vip-tracer: 1 of 3 files were left out: these are not all rows of {tmp_path}" in done.stderr
+        assert f"vip-tracer: not all rows of {tmp_path} were shown: 1 of its files" in done.stderr
         assert len(done.stdout.splitlines()) == 5  # a header, and the good ones' rows
+
+    limited = CliRunner().invoke(main, ["observe", str(tmp_path), "-n", "3"])
+    assert (limited.exit_code, len(limited.stdout.splitlines())) == (1, 3)
+
+
+def test_files_that_are_compacted_away_meanwhile_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = dataset(tmp_path, *(rows(1) for _ in range(5)))
+    files = reader.files
+
+    def listed(*asked: Any) -> list[Path]:
+        found = files(*asked)
+        for path in paths[1:]:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(reader, "files", listed)
+    done = CliRunner().invoke(main, ["observe", str(tmp_path)])
+    assert (done.exit_code, len(done.stdout.splitlines())) == (1, 1)
+    assert done.stderr.startswith(f"vip-tracer: 4 files of {tmp_path} are gone since they were listed")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_limit_counts_rows_across_files_and_batches(tmp_path: Path) -> None:
@@ -128,6 +154,76 @@ def test_following_a_dataset_shows_what_is_published_meanwhile(tmp_path: Path) -
         process.send_signal(signal.SIGINT)
         assert finish(process, talk) == []
         assert talk.path.read_text() == ""
+
+
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Following, it looks again at once."""
+    monkeypatch.setattr(sys.modules["tracer.cli.observe"].time, "sleep", lambda seconds: None)
+
+
+@pytest.mark.usefixtures("restless")
+def test_following_shows_no_row_twice_and_says_what_it_cannot_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are merged that were shown; then together with one that was not."""
+    root, files, turn = tmp_path / "data", reader.files, iter(range(9))
+    root.mkdir()
+
+    def merge_all() -> None:
+        assert list(compact(root, Chosen(), pytest.fail))
+
+    def listed(*asked: Any) -> list[Path]:
+        number = next(turn)
+        if number == 0:
+            dataset(root, rows(2), rows(2))
+        if number == 1:
+            merge_all()  # which were shown
+        if number == 2:
+            _late(root, 3)
+        found = files(*asked)
+        if number == 3:
+            found = []
+            _late(root, 4)
+            merge_all()  # the merged file before, the late one that was shown, and one that was not
+        if number == 5:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(reader, "files", listed)
+    done = CliRunner().invoke(main, ["observe", "-f", "-o", "json", str(root)])
+    assert [json.loads(line)["conn_id"] for line in done.stdout.splitlines()] == [1, 2, 1, 2, 3]
+    assert "had been shown before" in done.stderr
+    assert done.exit_code == 1
+
+
+@pytest.mark.usefixtures("restless")
+def test_following_shows_a_file_that_was_merged_before_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, files, turn = tmp_path / "data", reader.files, iter(range(9))
+    dataset(root, rows(2), rows(2))
+
+    def listed(*asked: Any) -> list[Path]:
+        number, found = next(turn), files(*asked)
+        if number == 0:
+            assert list(compact(root, Chosen(), pytest.fail))
+        if number == 2:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(reader, "files", listed)
+    done = CliRunner().invoke(main, ["observe", "-f", "-o", "json", str(root)])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert sorted(json.loads(line)["conn_id"] for line in done.stdout.splitlines()) == [1, 1, 2, 2]
+
+
+def _late(root: Path, conn_id: int) -> None:
+    """Another file of the same hour, with a row of this id."""
+    (path,) = dataset(root / "late", rows(1, lambda records: records.__setitem__("conn_id", conn_id)))
+    path.rename(
+        root / path.relative_to(root / "late").with_name(path.name.replace("-0123456789ab", f"-{conn_id:012x}"))
+    )
 
 
 def test_following_ends_by_duration_limit_or_when_nobody_reads(tmp_path: Path) -> None:

@@ -58,6 +58,10 @@ def test_a_file_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (0, "")
     assert f"Left out: cannot read {bad}" in done.stdout.replace("\n", "")
     assert "10.244.1.11" in done.stdout
+    only_good = [line for line in done.stdout.splitlines() if "/tcp" in line or "10.244" in line]
+    bad.unlink()
+    alone = run("top", tmp_path, "-n", "1").stdout.splitlines()
+    assert [line for line in alone if "/tcp" in line or "10.244" in line] == only_good
     good.write_bytes(b"")
     assert f"cannot read {good}" in sentence(run("top", tmp_path, "-n", "1"), 1)
 

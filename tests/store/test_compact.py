@@ -186,22 +186,21 @@ def test_readers_see_old_or_new(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     try:
-        for _ in range(6):
+        for number in range(6):
             done(tmp_path)
             (path,) = (tmp_path / HOUR).iterdir()
-            for number in range(2):  # split again, by the same step
-                building = tmp_path / ".again"
-                building.mkdir()
-                whole = pq.read_table(path)
-                for part in range(5):
-                    name = layout.published_name("node-1", EPOCH, f"{number}{part}abc", part)
-                    pq.write_table(whole.slice(part * 60, 60), building / name)
-                with locks.publishing(tmp_path, alone=True):
-                    compaction._renameat2(building, tmp_path / HOUR)
-                for old in building.iterdir():
-                    old.unlink()
-                building.rmdir()
-                break
+            building = tmp_path / ".again"  # split again, by the same step, into names that never were before
+            building.mkdir()
+            whole = pq.read_table(path)
+            for part in range(5):
+                name = layout.published_name("node-1", EPOCH, f"{number}{part}abc", part)
+                pq.write_table(whole.slice(part * 60, 60), building / name)
+            with locks.publishing(tmp_path, alone=True):
+                compaction._renameat2(building, tmp_path / HOUR)
+            for old in building.iterdir():
+                old.unlink()
+            building.rmdir()
+        wait_until(lambda: bool(wrong) or all(seen[name] for name in readers), "every reader to have read it whole")
     finally:
         ended.set()
         for thread in threads:

@@ -42,6 +42,23 @@ def test_hidden_and_foreign_names_are_not_seen(root) -> None:
     assert reader.files(root) == known
 
 
+def test_what_cannot_be_listed_is_said_if_it_was_asked_for(root) -> None:
+    known = reader.files(root)
+    hour, date = known[-1].parent.with_name("hour=20"), known[-1].parents[1].with_name("date=2020-01-01")
+    hour.symlink_to(hour)  # of itself
+    assert len(reader.files(root, end_ns=EPOCH + HOUR)) < len(known)
+    with pytest.raises(TracerError, match=f"cannot list {hour}: Too many levels.*; rows would be missing: try again"):
+        reader.files(root)
+    hour.unlink()
+    date.symlink_to(date)
+    with pytest.raises(TracerError, match=f"cannot list {date}: "):
+        reader.files(root)
+    date.unlink()
+    date.symlink_to("nowhere")
+    known[-1].parent.with_name("hour=21").write_text("no directory")
+    assert reader.files(root) == known
+
+
 def test_hours_can_be_chosen(root) -> None:
     hours = [path.parts[-2] for path in reader.files(root, start_ns=EPOCH + HOUR, end_ns=EPOCH + HOUR + 1)]
     assert hours == ["hour=12"]

@@ -189,21 +189,30 @@ def diagnose(
     return Diagnosis(tuple(findings), part.bins, rows, nodes, tuple(warnings))
 
 
-def last_moment(root: Root) -> int:
-    """When a dataset ends, by its last coverage, or else its last file: ns since the epoch. Raises NoDataError."""
+def last_moment(root: Root, failed: Callable[[TracerError], None]) -> int:
+    """When a dataset ends, by its last coverage, or else its last file: ns since the epoch. Raises NoDataError.
+
+    A file that cannot be read is told to `failed`, and the one before it asked.
+    """
     try:
-        last = reader.files(root, "coverage")[-1]
+        paths = reader.files(root, "coverage")
     except NoDataError:
         return reader.span(root)[1]
-    end = max(pc.max(batch["ts"]).cast(pa.int64()).as_py() for batch in reader.batches(last, "coverage", ["ts"]))
-    return int(end)
+    for path in reversed(paths):
+        try:
+            ends = [pc.max(batch["ts"]).cast(pa.int64()).as_py() for batch in reader.batches(path, "coverage", ["ts"])]
+        except TracerError as error:
+            failed(error)
+        else:
+            return int(max(ends))
+    return reader.span(root)[1]
 
 
-def first_moment(root: Root, begin_ns: int, end_ns: int) -> int:
-    """When something was first watched at or after `begin_ns`, by coverage: ns since the epoch."""
+def first_moment(root: Root, begin_ns: int, end_ns: int, failed: Callable[[TracerError], None]) -> int:
+    """When something was first watched at or after `begin_ns`, by coverage: ns since the epoch. `failed` as above."""
     starts = [
         pc.min(part["started"]).cast(pa.int64()).as_py()
-        for part in _tables(root, "coverage", begin_ns, end_ns + 1, lambda _: None, ["started"])
+        for part in _tables(root, "coverage", begin_ns, end_ns + 1, failed, ["started"])
         if len(part)
     ]
     return max(begin_ns, min(starts, default=begin_ns))

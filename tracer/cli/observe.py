@@ -4,7 +4,7 @@ import logging
 import select
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,53 +76,90 @@ def _nobody_reads() -> bool:
 
 def _from_dataset(printer: _Printer, root: Path, follow: bool, seconds: float | None) -> None:
     deadline = None if seconds is None else time.monotonic() + seconds
-    seen: set[Path] = set()
-    failures: list[TracerError] = []
+    files = _Files(root, follow)
 
-    def failed(error: TracerError) -> None:
-        failures.append(error)
-        logs.say(f"Left out: {error}.", logging.WARNING)
+    def done() -> bool:
+        return printer.finished() or (deadline is not None and time.monotonic() >= deadline)
 
     try:
-        while True:
-            for rows in _unseen(root, seen, follow, failed):
+        while not done():
+            for rows in files.unseen():
                 printer.show(rows)
-                if printer.finished() or (deadline is not None and time.monotonic() >= deadline):
-                    return
-            if not follow and failures:
-                raise TracerError(
-                    f"{len(failures)} of {len(seen)} files were left out: these are not all rows of {root}"
-                )
-            if not follow or printer.finished() or (deadline is not None and time.monotonic() >= deadline):
-                return
-            time.sleep(0.5)
+                if done():
+                    break
+            if not follow:
+                break
+            time.sleep(0 if done() else 0.5)
     except KeyboardInterrupt:
         if not follow:  # which has no other end
             raise
+    if files.lacking and not _nobody_reads():
+        raise TracerError(files.lacking)
 
 
-def _unseen(root: Path, seen: set[Path], patient: bool, failed: Callable[[TracerError], object]) -> Iterator[list[Row]]:
-    """Rows of the files that are not among `seen`, which grows. Without any file: an error, unless `patient`."""
-    from tracer.store import layout, reader
+class _Files:
+    """A dataset's files as they are found; with `follow` those too that are published later, or merged meanwhile."""
 
-    try:
-        files = [path for path in reader.files(root) if path not in seen]
-    except NoDataError:
-        if not patient:
-            raise
-        files = []
-    began = bool(seen)
-    for path in files:
-        seen.add(path)
-        # What is merged while we follow was shown before it was; and it is gone then, under its own name.
-        if patient and ((began and layout.is_merged(path.name)) or not path.exists()):
-            continue
+    def __init__(self, root: Path, follow: bool) -> None:
+        self._root, self._follow = root, follow
+        self._seen: set[Path] = set()
+        self._shown: set[str] = set()  # names; those too that what was shown was merged from
+        self._failed = self._gone = 0
+
+    @property
+    def lacking(self) -> str:
+        """What was not shown, and what to do; empty if all was."""
+        if self._gone:
+            return (
+                f"{self._gone} files of {self._root} are gone since they were listed (compacted, or expired): try again"
+            )
+        return f"not all rows of {self._root} were shown: {self._failed} of its files are named above" * bool(
+            self._failed
+        )
+
+    def unseen(self) -> Iterator[list[Row]]:
+        """Rows of the files that were not there before. Without any file: an error, unless it follows."""
+        from tracer.store import reader
+
         try:
-            for batch in reader.batches(path):
-                for start in range(0, batch.num_rows, _SLICE):
-                    yield rows_of(batch.slice(start, _SLICE))
-        except TracerError as error:
-            failed(error)
+            files = [path for path in reader.files(self._root) if path not in self._seen]
+        except NoDataError:
+            if not self._follow:
+                raise
+            files = []
+        for path in files:
+            self._seen.add(path)
+            try:
+                if self._follow and self._is_known(path):
+                    continue
+                for batch in reader.batches(path):
+                    for start in range(0, batch.num_rows, _SLICE):
+                        yield rows_of(batch.slice(start, _SLICE))
+                self._shown.add(path.name)
+            except TracerError as error:
+                if path.exists():
+                    self._fail(str(error))
+                else:  # what was merged comes again, in the merged file
+                    self._gone += not self._follow
+
+    def _is_known(self, path: Path) -> bool:
+        """Whether a file has rows that were shown before it was merged. If it has others too, that is said."""
+        from tracer.store import layout, merge, reader
+
+        if not layout.is_merged(path.name):
+            return False
+        origins = merge.origins(reader.metadata(path))
+        shown = origins & self._shown
+        self._shown |= {path.name, *origins}
+        if shown and shown != origins:
+            self._fail(
+                f"{path}: {len(shown)} of the {len(origins)} files that were merged into it had been shown before"
+            )
+        return bool(shown)
+
+    def _fail(self, why: str) -> None:
+        self._failed += 1
+        logs.say(f"Left out: {why}.", logging.WARNING)
 
 
 def _live(printer: _Printer, seconds: float | None, values: dict[str, Any]) -> None:

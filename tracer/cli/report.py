@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tracer.cli import findings, options
-from tracer.errors import UsageError
+from tracer.errors import TracerError, UsageError
 from tracer.files import write_whole
 from tracer.words import printable
 
@@ -54,8 +54,13 @@ def report(
         from tracer.analysis import cluster
 
         counts = cluster.engine(scheduler)
+
+    def failed(error: TracerError) -> None:  # which `diagnose` tells, with what else is left out
+        if strict:
+            raise error
+
     if since is not None:
-        begin = diagnose.last_moment(root) - round(since * 1e9)
+        begin = diagnose.last_moment(root, failed) - round(since * 1e9)
     with _progress() as progress:
         found = diagnose.diagnose(root, begin, end, service, strict=strict, engine=counts, progress=progress)
     for sentence in found.warnings:

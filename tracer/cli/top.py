@@ -86,10 +86,13 @@ class _Screen:
         """Whether enough tables were shown."""
         return self._left == 0
 
-    def show(self, loads: "Sequence[Load]", head: str, warning: str = "") -> None:
-        """Shows loads; below the head, what they lack."""
+    def show(self, loads: "Sequence[Load]", head: str, left_out: Sequence[str] = ()) -> None:
+        """Shows loads; below the head, the first of what could not be read."""
+        more = f"; and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        warning = f"Left out: {left_out[0]}{more}" if left_out else ""
         chosen = [load for load in loads if load.service.startswith(self._service)]
-        table = _table(chosen, head, warning, self._console.height - 4 if self._live else None)
+        lines = -(-len(warning) // self._console.width)
+        table = _table(chosen, head, warning, self._console.height - 4 - lines if self._live else None)
         if self._live:
             self._live.update(table, refresh=True)
         else:
@@ -144,27 +147,39 @@ def _from_dataset(screen: _Screen, root: Path, window_s: float, refresh_s: float
     with screen, contextlib.suppress(KeyboardInterrupt):
         known: list[Path] = []
         while not screen.finished:
-            end = diagnose.last_moment(root)
-            begin = diagnose.first_moment(root, end - round(window_s * 1e9), end)
+            doubts = _Doubts()
+            end = diagnose.last_moment(root, doubts.note)
+            begin = diagnose.first_moment(root, end - round(window_s * 1e9), end, doubts.note)
             seconds = max(0.1, (end - begin) / 1e9)  # rates are over what was watched
             paths = reader.files(root, "connections", begin, end + 1)
             if paths != known:
                 known = paths
-                window, failures = moving.Window(seconds), list[TracerError]()
+                window, unread = moving.Window(seconds), _Doubts()
                 for path in paths:
                     try:
-                        for rows in reader.tables(path, columns=_columns()):
-                            window.add(rows)
+                        parts = list(reader.tables(path, columns=_columns()))  # all of it, or nothing
                     except TracerError as error:
-                        failures.append(error)
-                if len(failures) == len(paths):
-                    raise failures[0]
-                loads = window.loads(end, _published_endpoints(root, begin, end, failures.append))
-            head = f"{root}, {seconds:.3g} s up to {_when(end)}"
-            more = f"; and {len(failures) - 1} more files" if len(failures) > 1 else ""
-            screen.show(loads, head, f"Left out: {failures[0]}{more}" if failures else "")
+                        unread.note(error)
+                    else:
+                        for rows in parts:
+                            window.add(rows)
+                if len(unread.sentences) == len(paths):
+                    raise TracerError(unread.sentences[0])
+                loads = window.loads(end, _published_endpoints(root, begin, end, unread.note))
+            left_out = dict.fromkeys(doubts.sentences + unread.sentences)  # once each
+            screen.show(loads, f"{root}, {seconds:.3g} s up to {_when(end)}", list(left_out))
             if not screen.finished:
                 time.sleep(refresh_s)
+
+
+class _Doubts:
+    """What cannot be read. Sentences, not errors, which would keep what their tracebacks hold."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def note(self, error: TracerError) -> None:
+        self.sentences.append(str(error))
 
 
 def _columns() -> Sequence[str]:

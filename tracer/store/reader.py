@@ -6,7 +6,7 @@ what an older one lacked is null.
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -18,9 +18,11 @@ from tracer.errors import NoDataError, TracerError
 from tracer.store import layout
 from tracer.store.roots import File, Remote, RemoteFile, Root, source
 
-#: Published files below a table's directory.
-_HOURS = "v*/date=*/hour=*"
-_BELOW = f"{_HOURS}/*.parquet"
+#: Directories below a table's, and published files: how their names begin, and end.
+_LEVELS, _ENDING = ("v", "date=", "hour="), ".parquet"
+_BELOW = f"{'/'.join(f'{level}*' for level in _LEVELS)}/*{_ENDING}"
+#: How often a directory is listed anew that others exchange meanwhile, before that is a fault of its own.
+_PATIENCE = 100
 
 
 @overload
@@ -37,13 +39,12 @@ def files(
     first = None if start_ns is None else layout.hour_parts(start_ns // layout.HOUR_NS)
     last = None if end_ns is None else layout.hour_parts((end_ns - 1) // layout.HOUR_NS)
 
-    def wanted(path: File) -> bool:
-        hour = path.parts[-3:-1]
-        shown = not path.name.startswith((".", "_"))
-        return shown and (first is None or hour >= first) and (last is None or hour <= last)
+    def within(hour: tuple[str, ...]) -> bool:
+        return (first is None or hour >= first) and (last is None or hour <= last)
 
-    every: Iterable[File] = _local(root, table) if isinstance(root, Path) else _remote(root, table)
-    found = sorted(filter(wanted, every), key=lambda path: (path.parts[-3:-1], layout.start_of(path.name), path.name))
+    every: Iterable[File] = _local(root, table, within) if isinstance(root, Path) else _remote(root, table, within)
+    shown = (path for path in every if not path.name.startswith((".", "_")))
+    found = sorted(shown, key=lambda path: (path.parts[-3:-1], layout.start_of(path.name), path.name))
     if not found:
         if isinstance(root, Path) and root.name in schema.TABLES:
             raise NoDataError(f"{root} is a table of a dataset: give the directory above it, {root.absolute().parent}")
@@ -54,21 +55,23 @@ def files(
     return found
 
 
-def _local(root: Path, table: str) -> Iterator[Path]:
-    for directory in root.glob(f"{table}/{_HOURS}"):
-        for name in _names(directory):
-            if name.endswith(".parquet"):
-                yield directory / name
+def _local(root: Path, table: str, within: Callable[[tuple[str, ...]], bool]) -> Iterator[Path]:
+    directories = [root / table]
+    for level in _LEVELS:
+        directories = [each / name for each in directories for name in _names(each) if name.startswith(level)]
+    for hour in directories:
+        if within(hour.parts[-2:]):
+            yield from (hour / name for name in _names(hour) if name.endswith(_ENDING))
 
 
 def _names(directory: Path) -> list[str]:
-    """What is in an hour's directory, as it was at one moment.
+    """What is in a directory, as it was at one moment; nothing if it is none, or gone.
 
     Compaction exchanges the directory for another and empties the one that it took: whoever listed that one would see
     a part of the hour, or nothing. So what was listed must still be the hour afterwards. (An open directory keeps its
     inode's number from being used again.)
     """
-    while True:
+    for _ in range(_PATIENCE):
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -77,19 +80,19 @@ def _names(directory: Path) -> list[str]:
                     return names
             finally:
                 os.close(descriptor)
-        except (FileNotFoundError, NotADirectoryError):  # of an hour that retention has just ended; no hour at all
+        except (FileNotFoundError, NotADirectoryError):  # what retention has just ended; what only has such a name
             return []
         except OSError as error:
-            raise TracerError(
-                f"cannot list {directory}: {error.strerror}; without it the hour is not whole: check permissions"
-            ) from error
+            todo = "check its permissions" if isinstance(error, PermissionError) else "try again"
+            raise TracerError(f"cannot list {directory}: {error.strerror}; rows would be missing: {todo}") from error
+    raise TracerError(f"{directory} is exchanged faster than it can be listed; who compacts it again and again?")
 
 
-def _remote(root: Remote, table: str) -> Iterator[RemoteFile]:
+def _remote(root: Remote, table: str, within: Callable[[tuple[str, ...]], bool]) -> Iterator[RemoteFile]:
     # All at once: not every store lists directories that are no objects of their own (Google's does not).
     for path in root.listed(table, recursive=True):
         below = path.relative_to(root.base / table)
-        if len(below.parts) == 4 and below.match(_BELOW):
+        if len(below.parts) == 4 and below.match(_BELOW) and within(below.parts[-3:-1]):
             yield RemoteFile(root.filesystem, path)
 
 
