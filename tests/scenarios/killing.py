@@ -46,13 +46,12 @@ class Run:
     def start(cls, cluster: Cluster, output: Path, *options: str, number: int = 0, prefix: Sequence[str] = ()) -> "Run":
         """`number` tells it from others on the same output; `prefix` is a command that executes the agent."""
         run = cls(output, f"{MARK}={output}:{number}")
-        cache = {name: os.environ[name] for name in ("VIP_TRACER_CACHE",) if name in os.environ}
         run.said.parent.mkdir(exist_ok=True)
         arguments = ["agent", "--output", output, "--node", "node-1", "--ready-file", run.ready, *namespaces(cluster)]
         with run.said.open("wb") as said:
             run.process = subprocess.Popen(
                 [*prefix, *command(*arguments, *options)], stderr=said,
-                env=environment(**cache, **{MARK: run.mark.partition("=")[2]}),
+                env=environment(**{MARK: run.mark.partition("=")[2]}),
             )  # fmt: skip
         return run
 

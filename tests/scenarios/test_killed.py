@@ -4,7 +4,8 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,13 +71,30 @@ def loader_of(run: Run) -> int | None:
     return int(found[0]) if found else None
 
 
-def caught_loader(run: Run) -> int:
-    """The process that compiles and attaches, stopped: so that it is still at it when it is killed."""
-    until(lambda: loader_of(run) or run.process.poll() is not None, "the loader", PATIENCE_S)
-    child = loader_of(run)
-    assert child is not None, run.said.read_text()
-    os.kill(child, signal.SIGSTOP)
-    return child
+def caught_loader(run: Run, at_work: Callable[[int], bool] = lambda child: True) -> int | None:
+    """The process that compiles and attaches, stopped in the middle of it; None if it was too quick for us."""
+    end = time.monotonic() + PATIENCE_S
+    while not run.is_ready():
+        assert time.monotonic() < end, "waited for the loader"
+        child = loader_of(run)
+        if child is not None and at_work(child):
+            os.kill(child, signal.SIGSTOP)
+            return child
+        time.sleep(0.001)
+    return None
+
+
+def is_attaching(child: int) -> bool:
+    """Whether it has loaded a program, which nobody else holds yet."""
+    return not {"prog", "link"}.isdisjoint(kind for kind, _ in kernel_objects.held(child))
+
+
+def is_compiling(child: int) -> bool:
+    """Whether it has taken in the compiler."""
+    try:
+        return "libbcc" in Path(f"/proc/{child}/maps").read_text()
+    except OSError:
+        return False  # it has ended
 
 
 def kill_all(run: Run) -> None:
@@ -90,7 +108,7 @@ def test_whatever_ends_it_nothing_is_left(cluster: Cluster, tmp_path: Path, how:
     with harmless(cluster) as apart:
         run = Run.start(cluster, tmp_path / "data", "--rotate", "100ms", *options, prefix=apart)
         if how == "all at the start":
-            caught_loader(run)
+            assert caught_loader(run)
             kill_all(run)
             assert run.process.wait(30) == -signal.SIGKILL
         else:
@@ -105,17 +123,20 @@ def test_whatever_ends_it_nothing_is_left(cluster: Cluster, tmp_path: Path, how:
         until(lambda: not kernel_objects.processes(run.mark), "all of its processes to end")
 
 
-@pytest.mark.parametrize("cached", [True, False], ids=["attaching", "compiling"])
+@pytest.mark.parametrize("at_work", [is_attaching, is_compiling])
 def test_the_loading_child_killed_half_way(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_work: Callable[[int], bool]
 ) -> None:
-    if not cached:
+    if at_work is is_compiling:
         monkeypatch.delenv("VIP_TRACER_CACHE")
     with harmless(cluster) as apart:
-        run = Run.start(cluster, tmp_path / "data", prefix=apart)
-        child = caught_loader(run)
-        # It has taken up its work once it has inherited descriptors of maps.
-        until(lambda: "map" in {kind for kind, _ in kernel_objects.held(child)}, "the loader to be at work")
+        for _ in range(10):
+            run = Run.start(cluster, tmp_path / "data", prefix=apart)
+            child = caught_loader(run, at_work)
+            if child is not None:
+                break
+            run.kill()
+        assert child is not None, "it was always too quick"
         os.kill(child, signal.SIGKILL)
         assert run.process.wait(60) == 1
         said = run.said.read_text()
