@@ -307,7 +307,8 @@ def _typed(program: str) -> list[str]:
 _CAUSES = {
     "long-lived": "a client opened its pool of connections while the service had one backend, and kept it.",
     "second-service": "a second service leads to one of the pods as well.",
-    "flapping": "all pods but one were unready for a moment, again and again, and whoever dialled then got that one.",
+    "flapping": "all pods but one were unready for a moment, again and again, and whoever dialled then got that one. "
+    "Who was ready when comes from the API server; this demonstration has none, so the report cannot name it.",
     "none": "nothing; this is how even chance is.",
 }
 
