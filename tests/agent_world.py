@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -106,6 +106,16 @@ def rows(output: Path) -> pd.DataFrame:
         if isinstance(frame[column].dtype, pd.CategoricalDtype):
             frame[column] = frame[column].astype(object).where(frame[column].notna(), None)
     return frame
+
+
+def published(output: Path) -> set[Path]:
+    """The published files of connections."""
+    return set((output / "connections").rglob("[!.]*.parquet"))
+
+
+def are_told(output: Path, ports: Iterable[int]) -> bool:
+    """Whether there are published rows of all of these source ports."""
+    return bool(published(output)) and set(ports) <= set(rows(output).src_port)
 
 
 def coverage(output: Path) -> pd.DataFrame:

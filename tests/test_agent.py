@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from agent_world import agent, coverage, file_metadata, losses, losses_in_metadata, rows, scaled, until
+from agent_world import agent, coverage, file_metadata, losses, losses_in_metadata, published, rows, scaled, until
 
 from tracer.kernel import btf, libbpf
 from tracer.lab.cluster import Cluster
@@ -52,11 +52,6 @@ def translated(cluster: Cluster) -> dict[int, str]:
         ports = [int(value) for key, value in values if key == "sport"]
         found[ports[0]] = sources[1]
     return found
-
-
-def published(output: Path) -> bool:
-    """Whether there is a file of connections."""
-    return any((output / "connections").rglob("[!.]*.parquet"))
 
 
 def check_against(table: pd.DataFrame, ledger: Ledger, cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import kube_lab
 import pandas as pd
 import pytest
-from agent_world import Agent, agent, coverage, losses, rows, until
+from agent_world import Agent, agent, coverage, losses, published, rows, until
 from command_world import command, environment, namespaces
 from kube_api import KubeApi, refuse, serving
 
@@ -235,8 +235,7 @@ def test_an_address_moves_between_pods_of_another_node(tmp_path: Path) -> None:
 
 def _backends(output: Path) -> set[str]:
     """Names of backends that published rows have."""
-    published = any((output / "connections").rglob("[!.]*.parquet"))
-    return set(rows(output).backend_pod.dropna()) if published else set()
+    return set(rows(output).backend_pod.dropna()) if published(output) else set()
 
 
 def test_rows_wait_for_a_server_that_is_late(cluster: Cluster, traced: Callable[..., Agent], server: KubeApi) -> None:

@@ -6,14 +6,21 @@ import pty
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from analysis import agents, cases, habits, traffic
+from click.testing import CliRunner
 from command_world import HOSTILE, Talk, command, dataset, environment, named, namespaces, rows, run, sentence
 from datasets import publish
 
+from tracer.cli import main
+from tracer.errors import TracerError
 from tracer.lab.cluster import Cluster
+from tracer.store import reader
 
 
 def test_the_newest_part_of_a_dataset(tmp_path: Path) -> None:
@@ -64,6 +71,38 @@ def test_a_file_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> Non
     assert [line for line in alone if "/tcp" in line or "10.244" in line] == only_good
     good.write_bytes(b"")
     assert f"cannot read {good}" in sentence(run("top", tmp_path, "-n", "1"), 1)
+
+
+def test_a_file_that_is_damaged_further_on_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, bad = dataset(tmp_path, rows(400), rows(400))
+    tables = reader.tables
+
+    def damaged(path: Path, *asked: Any, **more: Any) -> Iterator[pa.Table]:
+        yield from tables(path, *asked, **more)
+        if path == bad:
+            raise TracerError(f"cannot read {bad}: its second half")
+
+    monkeypatch.setattr(reader, "tables", damaged)
+    text = CliRunner().invoke(main, ["top", str(tmp_path), "-n", "1"]).stdout
+    assert "its second half" in text
+    bad.unlink()
+    alone = CliRunner().invoke(main, ["top", str(tmp_path), "-n", "1"]).stdout
+    assert [line for line in text.splitlines() if "10.244" in line] == alone.splitlines()[2:]
+
+
+@pytest.mark.parametrize("table", ["coverage", "endpoints"])
+def test_damaged_files_beside_the_rows_are_named(tmp_path: Path, table: str) -> None:
+    publish(tmp_path, cases.troubled(habits.affinity, "session-affinity", "strong", 3).tables)
+    bad = max((tmp_path / table).rglob("*.parquet"))
+    bad.write_bytes(b"")
+    done = run("top", tmp_path, "-n", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"cannot read {bad}" in done.stdout.replace("\n", "")
+    assert "shop/web:80/tcp" in done.stdout
+    report = run("report", tmp_path, "--since", "10m")
+    assert report.returncode == 0, report.stderr
+    assert f"Left out: cannot read {bad}" in report.stderr
+    assert run("report", tmp_path, "--since", "10m", "--strict").returncode == 1
 
 
 def test_nothing_to_show_and_nonsense(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from agent_world import agent, coverage, losses, rows, until
+from agent_world import agent, coverage, losses, published, rows, until
 from command_world import command, environment
 from deploy.manifests import container
 from scenarios.truth import check
@@ -47,7 +47,7 @@ def test_the_overlay_has_what_the_agent_demands_and_no_more() -> None:
 
 def tcp(output: Path) -> pd.DataFrame:
     """What is published of TCP so far."""
-    if not any((output / "connections").rglob("[!.]*.parquet")):
+    if not published(output):
         return pd.DataFrame({"opened": pd.Series(dtype=bool)})
     table = rows(output)
     return table[table.protocol == "tcp"]

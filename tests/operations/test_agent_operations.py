@@ -16,7 +16,7 @@ import kube_lab
 import promql_parser
 import pytest
 import yaml
-from agent_world import Agent, agent, rows, until
+from agent_world import Agent, agent, published, rows, until
 from command_world import ROOT, run, sentence
 from kube_api import serving
 from prometheus_client.parser import text_string_to_metric_families
@@ -143,13 +143,8 @@ def test_what_happens_is_counted(watched: Watched) -> None:
     assert fills["vip_tracer_ring_fill_ratio_bucket"]["+Inf"] == fills["vip_tracer_ring_fill_ratio_count"][""] > 0
 
 
-def files(output: Path) -> set[Path]:
-    """The published files of connections."""
-    return set((output / "connections").rglob("[!.]*.parquet"))
-
-
 def test_sighup_publishes_and_the_agent_goes_on(watched: Watched) -> None:
-    published, before = watched.value("published_files_total", "connections"), files(watched.agent.output)
+    count, before = watched.value("published_files_total", "connections"), published(watched.agent.output)
     rows_before = watched.value("written_total")
     watched.cluster.clients[0].connect_many(5, watched.cluster.vip(), 100, 100)
     watched.cluster.settle()
@@ -157,8 +152,8 @@ def test_sighup_publishes_and_the_agent_goes_on(watched: Watched) -> None:
     watched.hang_up()
     until(lambda: watched.value("unpublished_rows") == 0, "the publication")
     assert watched.value("written_total") >= rows_before + 5
-    made = files(watched.agent.output) - before
-    assert watched.value("published_files_total", "connections") == published + len(made)
+    made = published(watched.agent.output) - before
+    assert watched.value("published_files_total", "connections") == count + len(made)
     assert len(made) == len({path.parent for path in made}) > 0  # two where an hour ended since the last ones
     assert watched.value("published_bytes_total", "connections") > 0
     assert watched.value("publication_duration_seconds_count") > 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
-from agent_world import until
+from agent_world import published, until
 from command_world import command, environment, namespaces
 from kernel_objects import Object, orphans, processes
 from scenarios.faults import again_and_again, never_wrong
@@ -74,10 +74,6 @@ class Run:
     def kill(self) -> int:
         self.process.kill()
         return self.process.wait(30)
-
-
-def published(output: Path) -> set[Path]:
-    return set(output.glob("connections/v1/*/*/[!.]*.parquet"))
 
 
 def unpublished(output: Path) -> set[Path]:

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
-from agent_world import agent, rows, until
-from scenarios.truth import COUNTERS, account, check, clean, ends, entries, lives, proven, settled
+from agent_world import agent, are_told, rows, until
+from scenarios.truth import COUNTERS, account, at_rest, check, clean, ends, entries, lives, proven, settled
 
 from tracer.kernel import libbpf
 from tracer.kernel.capture import Capture, Options
@@ -53,22 +53,6 @@ def stopped(capture: Capture) -> npt.NDArray[np.void]:
     return np.concatenate(taken)
 
 
-def at_rest(cluster: Cluster) -> pd.DataFrame:
-    """conntrack's list when both ends have closed what was released, and nothing moves any more."""
-    cluster.settle()
-    return settled(cluster.node)
-
-
-def interim_rows(output: Path, held: Ledger) -> None:
-    """Waits until there are rows of all of these connections to read."""
-
-    def there() -> bool:
-        published = list((output / "connections").rglob("[!.]*.parquet"))
-        return bool(published) and set(map(int, held["local_port"])) <= set(rows(output).src_port)
-
-    until(there, "interim rows")
-
-
 def delete(cluster: Cluster, how: str) -> None:
     cluster.node.run(["conntrack", "-F"] if how == "-F" else ["conntrack", "-D", "-p", "tcp"])
 
@@ -85,7 +69,7 @@ def test_a_connection_goes_on_with_a_new_entry_and_stays_one_connection(
         delete(single, how)
         client.exchange(held, SENDS, RECEIVES)
         others = client.connect_many(20, vip, SENDS, RECEIVES)
-        interim_rows(tmp_path / "data", opened)
+        until(lambda: are_told(tmp_path / "data", opened["local_port"].tolist()), "interim rows")
         at_rest(single)
         delete(single, how)
         # Else the first packet were a FIN, of which conntrack makes no entry (nf_conntrack_proto_tcp.c, tcp_new).
@@ -114,7 +98,7 @@ def test_an_entry_from_before_the_agent_is_deleted_under_its_connection(tmp_path
             delete(cluster, "-D")
             client.exchange(held, SENDS, RECEIVES)
             others = client.connect_many(20, cluster.vip(), SENDS, RECEIVES)
-            interim_rows(tmp_path / "data", opened)
+            until(lambda: are_told(tmp_path / "data", opened["local_port"].tolist()), "interim rows")
             done = client.release(held)
             at_rest(cluster)
             delete(cluster, "-D")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import kernel_objects
 import pytest
-from agent_world import PATIENCE_S, until
-from scenarios.killing import MOMENTS, RECEIVES, SENDS, Run, kill_again_and_again, own, published
+from agent_world import PATIENCE_S, published, until
+from scenarios.killing import MOMENTS, RECEIVES, SENDS, Run, kill_again_and_again, own
 
 from tracer.lab.cluster import Cluster
 

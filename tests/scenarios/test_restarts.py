@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from agent_world import agent, coverage, rows, until
-from scenarios.truth import COUNTERS, accepted, clean, destroy_tells_the_end, lives, proven, settled
+from agent_world import agent, are_told, coverage, rows, until
+from scenarios.truth import COUNTERS, accepted, at_rest, clean, destroy_tells_the_end, lives, proven, settled
 
 from tracer.kernel.capture import Capture, Options
 from tracer.lab.cluster import Cluster
@@ -36,18 +36,6 @@ def came_to(table: pd.DataFrame, cluster: Cluster) -> None:
     for row in table.itertuples():
         seen_as = (row.snat_ip, int(row.snat_port)) if "snat" in row.nat else (row.src_ip, row.src_port)
         assert (row.protocol, seen_as, (row.backend_ip, int(row.backend_port))) in log
-
-
-def at_rest(cluster: Cluster) -> pd.DataFrame:
-    """conntrack's list when both ends have closed what was released, and nothing moves any more."""
-    cluster.settle()
-    return settled(cluster.node)
-
-
-def are_told(output: Path, chosen: Iterable[int]) -> bool:
-    """Whether there are rows of all of these ports to read."""
-    published = list((output / "connections").rglob("[!.]*.parquet"))
-    return bool(published) and set(chosen) <= set(rows(output).src_port)
 
 
 def delete_entries(cluster: Cluster) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
-from agent_world import coverage, losses, until
-from agent_world import rows as published
+from agent_world import coverage, losses, rows, until
 
+from tracer.lab.cluster import Cluster
 from tracer.lab.netns import Namespace
 from tracer.lab.traffic import Ledger, Server, addresses
 
@@ -162,7 +162,7 @@ def account(output: Path) -> pd.Series:
 def clean(output: Path) -> pd.Series:
     """`account`; and the rows are those written, and nothing of conntrack was missed, misread or ended untold."""
     sums = account(output)
-    assert sums["written"] == len(published(output))
+    assert sums["written"] == len(rows(output))
     assert not sums[["malformed_events", "enobufs", "untold", "ambiguous"]].any()
     return sums
 
@@ -203,3 +203,9 @@ def settled(node: Namespace, *which: str) -> pd.DataFrame:
 
     until(quiet, "the traffic to come to rest")
     return seen[-1]
+
+
+def at_rest(cluster: Cluster) -> pd.DataFrame:
+    """The first node's `entries` when both ends have closed what was released, and nothing moves any more."""
+    cluster.settle()
+    return settled(cluster.node)

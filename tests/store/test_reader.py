@@ -1,5 +1,7 @@
 """What is published is found in the order of time; what is broken or foreign is named."""
 
+import os
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -57,6 +59,12 @@ def test_what_cannot_be_listed_is_said_if_it_was_asked_for(root) -> None:
     date.symlink_to("nowhere")
     known[-1].parent.with_name("hour=21").write_text("no directory")
     assert reader.files(root) == known
+
+
+def test_a_directory_that_is_exchanged_for_ever_is_not_waited_for(root, monkeypatch) -> None:
+    monkeypatch.setattr(os.path, "samestat", lambda one, other: False)
+    with pytest.raises(TracerError, match="exchanged faster than it can be listed"):
+        reader.files(root)
 
 
 def test_hours_can_be_chosen(root) -> None:

@@ -2,8 +2,8 @@
 
 In a directory the hour's directory is exchanged, in one step, for one that holds the merged file and all that was not
 merged; whoever lists the hour and finds it the same directory afterwards saw the one or the other (`reader.files`).
-An object store knows no such step: there merged hours are
-written below ``compacted/``, one object each, beside the originals, which stay.
+An object store knows no such step: there merged hours are written below ``compacted/``, one object each, beside the
+originals, which stay.
 """
 
 import contextlib
