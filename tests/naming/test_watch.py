@@ -368,6 +368,20 @@ def test_stop_does_not_wait_for_a_silent_watch(server, hear) -> None:
         assert not follower.is_alive(), "it waits for the server"
 
 
+def test_stop_while_the_watch_is_being_asked_for(server, hear, monkeypatch) -> None:
+    monkeypatch.setattr(watching, "STOP_S", 0.0)
+    server.bookmark_s, stopped = 60, threading.Event()
+    for kind in KINDS:
+        server.faults[kind, "watch"].append(lambda _: stopped.wait(20))
+    heard = hear(server)
+    heard.until(lambda: all(server.asked(kind, "watch") for kind in KINDS))
+    heard.watches.stop()
+    stopped.set()
+    for follower in heard.watches._followers.values():
+        follower.join(20)
+        assert not follower.is_alive(), "it waits for a server that has nothing to say"
+
+
 def test_token_and_tls(tmp_path, hear) -> None:
     openssl = shutil.which("openssl")
     assert openssl, "install openssl"

@@ -208,6 +208,8 @@ class _Follower(threading.Thread):
             self._watch = watch
             self._heard_now()
             try:
+                if self._stopped.is_set():  # while this was asked for: `abort` found no watch to wake the thread from
+                    return
                 for line in watch.lines():
                     if self._stopped.is_set():
                         return
