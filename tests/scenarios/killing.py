@@ -1,5 +1,6 @@
 """Kills an agent at chosen moments, time after time on one dataset, and says what each time left behind."""
 
+import contextlib
 import ctypes
 import os
 import random
@@ -65,8 +66,10 @@ class Run:
 
     def is_ready(self) -> bool:
         assert self.process.poll() is None, self.said.read_text()
-        # The file may be that of the run before, which this one has not removed yet.
-        return self.ready.exists() and self.ready.read_text().strip() == str(self.process.pid)
+        # The file may be that of the run before, which this one removes, perhaps just now.
+        with contextlib.suppress(FileNotFoundError):
+            return self.ready.read_text().strip() == str(self.process.pid)
+        return False
 
     def wait_until_ready(self) -> None:
         until(self.is_ready, "the agent to be ready", 300)
