@@ -45,7 +45,7 @@ def test_what_is_not_there_is_said(root: Path, tmp_path: Path) -> None:
         tracer.open(root).frame(columns=["nonsense"])
     with pytest.raises(UsageError, match="is no time"):
         tracer.open(root).frame(begin="yesterday evening")
-    with pytest.raises(NoDataError, match="no directory"):
+    with pytest.raises(UsageError, match="no directory"):
         tracer.open(tmp_path / "missing")
     with pytest.raises(NoDataError, match="no connections"):
         tracer.open(tmp_path).frame()

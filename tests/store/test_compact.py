@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tracer.clock import WallClock
 from tracer.errors import TracerError
 from tracer.lab.netns import wait_until
 from tracer.store import compact as compaction
-from tracer.store import layout, locks, merge, reader
+from tracer.store import layout, ledger, locks, merge, reader
 from tracer.store.compact import Chosen, compact
 from tracer.store.dataset import Dataset
 
@@ -143,9 +144,80 @@ def test_an_agent_does_not_publish_into_an_hour_that_is_being_exchanged(
     monkeypatch.setattr(locks, "PUBLISH_WAIT_S", 0.05)
     agent = Dataset(tmp_path, RUN, WallClock(0, EPOCH))
     agent.write(make_records(3))
-    with locks.publishing(tmp_path, alone=True):
+    with locks.steady(tmp_path / HOUR, alone=True):
         agent.publish({})
     assert (agent.written, agent.lost) == (0, 3)  # after five seconds, in earnest; and counted
+
+
+def test_an_agent_does_not_wait_for_another_hour_that_is_being_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "PUBLISH_WAIT_S", 0.05)
+    dataset(tmp_path, numbered(1, 5))
+    later = tmp_path / "connections" / "v1" / layout.hour_parts(EPOCH // layout.HOUR_NS + 1)[0]
+    agent = Dataset(tmp_path, RUN, WallClock(0, EPOCH + layout.HOUR_NS))
+    with locks.steady(tmp_path, alone=True), locks.steady(tmp_path / HOUR, alone=True):
+        agent.write(make_records(3))
+        agent.publish({})
+    assert (agent.written, agent.lost) == (3, 0)
+    assert len(list(later.glob("hour=*"))) == 2
+
+
+def test_an_exporter_that_begins_during_the_merge_keeps_the_hour_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lists what is there; if that were merged afterwards, the destination would have the rows twice."""
+    files = dataset(tmp_path, numbered(1, 5), numbered(100, 5))
+    merged, said = compaction._merged, list[str]()
+
+    def meanwhile(*arguments: Any) -> Any:
+        with ledger.opened(tmp_path, "somewhere"):
+            return merged(*arguments)
+
+    monkeypatch.setattr(compaction, "_merged", meanwhile)
+    assert list(compact(tmp_path, Chosen(), lambda error: said.append(str(error)))) == []
+    assert ["is being exported" in each for each in said] == [True]
+    assert sorted(reader.files(tmp_path)) == sorted(files)
+
+
+def test_an_exporter_does_not_begin_while_an_hour_is_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PUBLISH_WAIT_S", 0.05)
+    dataset(tmp_path, numbered(1, 5), numbered(100, 5))
+    renamed, refused = compaction._renameat2, list[str]()
+
+    def meanwhile(*arguments: Any) -> None:
+        with pytest.raises(TracerError) as error, ledger.opened(tmp_path, "somewhere"):
+            pass
+        refused.append(str(error.value))
+        renamed(*arguments)
+
+    monkeypatch.setattr(compaction, "_renameat2", meanwhile)
+    assert [each.rows for each in done(tmp_path) if each.table == "connections"] == [10]
+    assert "cannot keep what is exported" in refused[0]
+
+
+def test_who_waits_for_a_directory_that_is_exchanged_gets_the_new_one(tmp_path: Path) -> None:
+    old, new = tmp_path / "hour", tmp_path / "other"
+    old.mkdir()
+    new.mkdir()
+    waits, found = threading.Event(), list[bool]()
+
+    def wait() -> None:
+        waits.set()
+        with locks.steady(old):
+            found.append((old / "is new").exists())
+
+    thread = threading.Thread(target=wait)
+    with locks.steady(old, alone=True):
+        thread.start()
+        assert waits.wait(10)
+        time.sleep(0.1)  # in which it has opened the old one, as a rule
+        (new / "is new").touch()
+        compaction._renameat2(new, old)
+        held = os.stat(new)
+    thread.join(10)
+    assert found == [True]
+    assert not os.path.samestat(held, os.stat(old))
 
 
 def test_readers_see_old_or_new(tmp_path: Path) -> None:
@@ -195,7 +267,7 @@ def test_readers_see_old_or_new(tmp_path: Path) -> None:
             for part in range(5):
                 name = layout.published_name("node-1", EPOCH, f"{number}{part}abc", part)
                 pq.write_table(whole.slice(part * 60, 60), building / name)
-            with locks.publishing(tmp_path, alone=True):
+            with locks.steady(tmp_path / HOUR, alone=True):
                 compaction._renameat2(building, tmp_path / HOUR)
             for old in building.iterdir():
                 old.unlink()
@@ -273,4 +345,4 @@ def test_what_cannot_be_merged_is_left_as_it_was(tmp_path: Path) -> None:
     with locks.replacing(tmp_path):
         assert "are being compacted or named" in sentence(run("compact", tmp_path), 1)
     assert run("compact", tmp_path).returncode == 0
-    assert "no directory" in sentence(run("compact", tmp_path / "nowhere"), 3)
+    assert "no directory" in sentence(run("compact", tmp_path / "nowhere"), 2)

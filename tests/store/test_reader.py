@@ -134,3 +134,23 @@ def test_metadata_of_another_program_may_be_no_text(root) -> None:
     path = reader.files(root)[0]
     pq.write_table(pq.read_table(path).replace_schema_metadata({b"\xff": b"\xfe", b"node": b"n"}), path)
     assert reader.metadata(path)["node"] == "n"
+
+
+def test_a_file_that_is_replaced_between_its_footer_and_its_rows_is_read_as_it_was(root, monkeypatch) -> None:
+    """As `name` replaces files, by a rename."""
+    path = reader.files(root)[0]
+    expected = ids(reader.batches(path))
+    read_metadata = pq.read_metadata
+
+    def and_replace(*arguments: object, **options: object) -> pq.FileMetaData:
+        found = read_metadata(*arguments, **options)
+        new = path.with_name("new")
+        table = pq.read_table(path)
+        pq.write_table(pa.concat_tables([table] * 20), new, compression="none")
+        new.rename(path)
+        return found
+
+    monkeypatch.setattr(pq, "read_metadata", and_replace)
+    assert ids(reader.batches(path)) == expected
+    monkeypatch.undo()
+    assert len(ids(reader.batches(path))) == 20 * len(expected)

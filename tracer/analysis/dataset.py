@@ -30,7 +30,7 @@ class Dataset:
     """A dataset at a local directory, or at an address such as ``s3://bucket/prefix``."""
 
     def __init__(self, place: str | Path) -> None:
-        """Raises UsageError or NoDataError if there is no such place; files are looked for when they are asked for."""
+        """Raises UsageError if there is no such place; files are looked for when they are asked for."""
         self.root: Root = root_of(place)
 
     def __repr__(self) -> str:

@@ -101,7 +101,7 @@ def _fill(dataset: Path, book: "Book") -> None:
     from tracer.naming.fields import address_bytes
     from tracer.naming.names import Namer
     from tracer.store import locks, reader
-    from tracer.store.fill import Filled, fill
+    from tracer.store.fill import Filled, fill, remove_stale
 
     namer = Namer(book)
     total = Filled()
@@ -111,11 +111,11 @@ def _fill(dataset: Path, book: "Book") -> None:
 
     reader.files(dataset)  # without any, nothing is made there either
     with locks.replacing(dataset):
+        remove_stale(dataset)
         files = reader.files(dataset)
         with click.progressbar(files, label="naming", file=sys.stderr) as progress:
             for path in progress:
-                if path.exists():  # expired since it was listed
-                    total.add(fill(path, names, address_bytes))
+                total.add(fill(path, names, address_bytes))
     if not total.rows:
         raise NoDataError(f"{dataset} has no rows to name.")
     click.echo(f"{'COLUMN':<17}{'BEFORE':>12}{'NOW':>12}{'OF ROWS':>12}")

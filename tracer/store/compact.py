@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tracer import schema
 from tracer.errors import TracerError, UsageError
@@ -31,7 +30,7 @@ from tracer.store.inventory import Entry, Inventory, stamp_of
 from tracer.store.pace import Pace, retried
 from tracer.store.parquet import UnpublishedFile
 from tracer.store.places import Store, content_of
-from tracer.store.roots import File, Remote, RemoteFile, Root, source
+from tracer.store.roots import File, Remote, RemoteFile, Root
 
 _log = logging.getLogger(__name__)
 
@@ -73,11 +72,7 @@ def compact(root: Root, chosen: Chosen, failed: Callable[[TracerError], object])
     if isinstance(root, Remote):
         yield from _in_store(root, chosen, failed)
         return
-    if ledger.is_exported(root):
-        raise UsageError(
-            f"{root} is being exported, and its files may not change their names: compact what was exported, at the "
-            "destination"
-        )
+    _check_not_exported(root)
     with locks.replacing(root):
         shutil.rmtree(root / SCRATCH, ignore_errors=True)  # of one that was ended: merged, or not yet
         for directory in Inventory(root).directories():
@@ -97,6 +92,14 @@ def compact(root: Root, chosen: Chosen, failed: Callable[[TracerError], object])
             (root / SCRATCH).rmdir()
 
 
+def _check_not_exported(root: Path) -> None:
+    if ledger.is_exported(root):
+        raise UsageError(
+            f"{root} is being exported, and its files may not change their names: compact what was exported, at the "
+            "destination"
+        )
+
+
 def _hour(root: Path, directory: Path, chosen: Chosen) -> Compacted | None:
     """Merges an hour's directory; None: there is nothing to merge."""
     entries = [each for each in Inventory(root).within(directory) if chosen.node is None or each.node == _safe(chosen)]
@@ -107,7 +110,7 @@ def _hour(root: Path, directory: Path, chosen: Chosen) -> Compacted | None:
     building = scratch / "hour"
     try:
         layout.make_directory(building)
-        name, rows = _merged(root, [each.path for each in entries], table, building, scratch, _safe(chosen))
+        name, rows = _merged([each.path for each in entries], table, building, scratch, _safe(chosen))
         size = (building / name).stat().st_size
         exchange(root, directory, building, entries)
         return Compacted(table, entries[0].hour, len(entries), rows, size)
@@ -119,17 +122,16 @@ def _safe(chosen: Chosen) -> str:
     return layout.safe_node(chosen.node) if chosen.node else "all"
 
 
-def _merged(root: Path, paths: list[Path], table: str, building: Path, scratch: Path, node: str) -> tuple[str, int]:
+def _merged(paths: list[Path], table: str, building: Path, scratch: Path, node: str) -> tuple[str, int]:
     """Publishes the merged file of these in `building`: its name, and its rows."""
     names: set[str] = set()
     expected = 0
     for path in paths:
-        footer = _known(path, table)
-        expected += footer.num_rows
+        expected += _rows(path, table)
         names |= {path.name} | merge.origins(reader.metadata(path))
     runs = scratch / "runs"
     runs.mkdir()
-    file = UnpublishedFile(building, ".merged.tmp", schema.arrow(table), root)
+    file = UnpublishedFile(building, ".merged.tmp", schema.arrow(table))
     try:
         given = [partial(_as_it_is, path) for path in paths]
         start, end = merge.merge(given, table, file, runs)
@@ -156,29 +158,28 @@ def _about(table: str, start: int, end: int, rows: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _known(path: File, table: str) -> pq.FileMetaData:
-    """The footer of a file of which this version knows every column. Raises TracerError."""
-    given = source(path)
-    try:
-        footer = pq.read_metadata(given.pop("source"), **given)
-    except (OSError, pa.ArrowException) as error:
-        raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
-    unknown = reader.columns_of(footer) - set(schema.arrow(table).names)
+def _rows(path: File, table: str) -> int:
+    """How many rows a file has, of which this version knows every column. Raises TracerError."""
+    rows, columns = reader.extent(path)
+    unknown = columns - set(schema.arrow(table).names)
     if unknown:
         raise TracerError(
             f"{path} has columns that this version does not know ({', '.join(sorted(unknown)[:5])}); its hour is left "
             "as it is: compact it with the version that wrote it"
         )
-    return footer
+    return rows
 
 
 def exchange(root: Path, directory: Path, building: Path, merged: list[Entry]) -> None:
     """Puts `building` in the place of an hour's directory, which takes its own; what was not merged is in both.
 
-    Raises TracerError: a merged file was replaced meanwhile, or the file system cannot exchange directories.
+    Raises TracerError: a merged file was replaced meanwhile, an exporter has begun, or the file system cannot exchange
+    directories.
     """
     stamps = {entry.path.name: entry.stamp for entry in merged}
-    with locks.publishing(root, alone=True):
+    # On the root: an exporter's ledger is there before this looks for it, or after the exchange, which it then lists.
+    with locks.steady(root, alone=True), locks.steady(directory, alone=True):
+        _check_not_exported(root)
         for path in directory.iterdir():
             found = path.lstat()
             if path.name in stamps:
@@ -272,12 +273,12 @@ def _merged_here(sources: list[RemoteFile], table: str, scratch: Path, names: se
         with remote.filesystem.open_input_stream(str(remote.path)) as stream, local.open("wb") as copy:
             shutil.copyfileobj(stream, copy, 1 << 20)
         try:
-            rows += _known(local, table).num_rows
+            rows += _rows(local, table)
             yield local
         except TracerError as error:
             raise TracerError(str(error).replace(str(local), str(remote))) from error
 
-    file = UnpublishedFile(scratch, ".merged.tmp", schema.arrow(table), scratch)
+    file = UnpublishedFile(scratch, ".merged.tmp", schema.arrow(table))
     try:
         start, end = merge.merge([partial(fetched, each) for each in sources], table, file, runs)
         if file.rows != rows:

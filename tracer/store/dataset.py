@@ -60,7 +60,7 @@ class _HourFile:
         self.start = self.end = 0
         name = layout.unpublished_name(run.node, run.run_id, number)
         directory = layout.partition(root, "connections", hour)
-        self.file = UnpublishedFile(directory, name, schema.arrow("connections"), root)
+        self.file = UnpublishedFile(directory, name, schema.arrow("connections"))
 
     def write(self, rows: pa.Table, start: int, end: int) -> None:
         self.start = min(self.start, start) if self.file.rows else start
@@ -253,7 +253,7 @@ class Dataset:
             for part in parts:
                 if file is None:
                     name = layout.unpublished_name(self._run.node, self._run.run_id, number)
-                    file = UnpublishedFile(directory, name, part.schema, self._root)
+                    file = UnpublishedFile(directory, name, part.schema)
                 file.write(part)
             if file is not None:
                 name = layout.published_name(self._run.node, start, self._run.run_id, number)

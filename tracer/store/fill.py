@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from tracer import schema
 from tracer.errors import TracerError
 from tracer.record import NAT_NAMES, PROTOCOL_NAMES, RECORD, ROLE_NAMES
-from tracer.store import layout, reader
+from tracer.store import locks, reader
+from tracer.store.inventory import stamp_of
 from tracer.store.names import COLUMNS, Coded, column
 from tracer.store.parquet import UnpublishedFile
 
@@ -27,6 +28,9 @@ GROUPS = {
     "dst_service": ("dst_namespace", "dst_service_port"),
     "backend_pod": ("backend_workload", "backend_node", "backend_zone"),
 }
+
+#: How the names of unpublished files begin here; another than an agent's, which removes what its own last run left.
+_HIDDEN = ".named-"
 
 Namer = Callable[[np.ndarray, npt.NDArray[np.int64]], Mapping[str, Coded]]
 
@@ -47,14 +51,31 @@ class Filled:
             self.after[name] += other.after[name]
 
 
+def remove_stale(root: Path) -> None:
+    """Removes what was being written by one that was ended. Call with `locks.replacing` held."""
+    for path in root.glob(f"*/v*/date=*/hour=*/{_HIDDEN}*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def fill(path: Path, name: Namer, address_bytes: Callable[[str], bytes | None]) -> Filled:
     """Fills the names of one published connections file; a file that gains none is left as it is.
 
     `name` gives the name columns of records, each as of a time (ns since the epoch); `address_bytes` reads an address.
+    Of a file that expires before it is replaced nothing is counted.
 
     Raises:
         TracerError: the file cannot be read, or its directory cannot be written; the file is as before.
     """
+    try:
+        stamp = stamp_of(path.lstat())
+        return _fill(path, stamp, name, address_bytes)
+    except (TracerError, FileNotFoundError):
+        if path.exists():
+            raise
+        return Filled()
+
+
+def _fill(path: Path, stamp: str, name: Namer, address_bytes: Callable[[str], bytes | None]) -> Filled:
     counts, tables = Filled(), []
     for batch in reader.batches(path):
         records = _records(batch, address_bytes)
@@ -67,22 +88,26 @@ def fill(path: Path, name: Namer, address_bytes: Callable[[str], bytes | None]) 
             counts.after[each] += table.num_rows - table.column(each).null_count
         tables.append(table)
     if counts.after != counts.before:
-        _replace(path, tables)
+        _replace(path, stamp, tables)
     return counts
 
 
-def _replace(path: Path, tables: list[pa.Table]) -> None:
+def _replace(path: Path, stamp: str, tables: list[pa.Table]) -> None:
     metadata = reader.metadata(path)
-    hidden = layout.unpublished_name(metadata.get("node", "node"), secrets.token_hex(6), 1)
     file = None
     try:
-        file = UnpublishedFile(path.parent, hidden, tables[0].schema, layout.root_above(path))
+        file = UnpublishedFile(path.parent, f"{_HIDDEN}{secrets.token_hex(6)}.tmp", tables[0].schema)
         for table in tables:
             file.write(table)
-        file.publish(path.name, metadata)
-    except (OSError, pa.ArrowException) as error:
+        with locks.steady(path.parent):  # nobody deletes it between this look and the rename
+            if stamp_of(path.lstat()) != stamp:
+                raise TracerError(f"{path} was replaced while its rows were named; name it again")
+            file.publish(path.name, metadata)
+    except (OSError, pa.ArrowException, TracerError) as error:
         if file is not None:
             file.discard()
+        if isinstance(error, TracerError):
+            raise
         raise TracerError(f"cannot replace {path}: {error}; make its directory writable, and name it again") from error
 
 

@@ -70,11 +70,6 @@ def partition(root: Path, table: str, hour: int) -> Path:
     return root.joinpath(table, f"v{SCHEMA_VERSION}", *hour_parts(hour))
 
 
-def root_above(path: Path) -> Path:
-    """The root of the dataset that a published file lies in."""
-    return path.parents[4]
-
-
 def published_name(node: str, start_ns: int, run_id: str, number: int) -> str:
     """Name of a published file: node, earliest `ts`, and what makes it unique."""
     return f"{safe_node(node)}-{_utc(start_ns):%Y%m%dT%H%M%S.%f}Z-{run_id}.{number}.parquet"

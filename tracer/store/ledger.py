@@ -79,22 +79,29 @@ def opened(root: Path, place: str) -> Iterator[Ledger]:
     except OSError as error:
         raise _refused(root, error.strerror or str(error)) from error
     with locks.held(directory / "lock", f"{root} is being exported"), contextlib.ExitStack() as stack:
-        path = directory / "ledger.db"
         try:
-            try:
-                database = _connected(path)
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                _log.warning("%s is damaged and begun anew: files are compared with what is at the destination", path)
-                path.replace(path.with_name("ledger.db.damaged"))
-                database = _connected(path)
-            stack.callback(database.close)
+            with locks.steady(root):  # not while compaction, which has found no ledger, exchanges an hour
+                database = _database(directory / "ledger.db")
+        except (sqlite3.Error, OSError) as error:
+            raise _refused(root, str(error)) from error
+        stack.callback(database.close)
+        try:
             yield Ledger(database, place)
         except (sqlite3.Error, OSError) as error:
             if isinstance(error, OSError) and not str(error.filename or "").startswith(str(directory)):
                 raise
             raise _refused(root, str(error)) from error
+
+
+def _database(path: Path) -> sqlite3.Connection:
+    try:
+        return _connected(path)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        _log.warning("%s is damaged and begun anew: files are compared with what is at the destination", path)
+        path.replace(path.with_name("ledger.db.damaged"))
+        return _connected(path)
 
 
 def _connected(path: Path) -> sqlite3.Connection:

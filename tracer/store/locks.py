@@ -19,17 +19,28 @@ PUBLISH_WAIT_S = 5.0
 
 
 @contextlib.contextmanager
-def publishing(root: Path, *, alone: bool = False) -> Iterator[None]:
-    """While a name appears in the dataset: no directory is exchanged meanwhile. `alone`: the one who exchanges.
-
-    The lock is on the root itself, which is made if need be: it takes no file, so no room and no leave to make one.
-
-    Raises OSError if it is not to be had in `PUBLISH_WAIT_S`.
-    """
-    layout.make_directory(root)
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with _flocked(descriptor, root, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, PUBLISH_WAIT_S):
+def publishing(directory: Path) -> Iterator[None]:
+    """As `steady`, of a directory that is made if need be. Raises OSError."""
+    layout.make_directory(directory)
+    with steady(directory):
         yield
+
+
+@contextlib.contextmanager
+def steady(directory: Path, *, alone: bool = False) -> Iterator[None]:
+    """While a name appears in a directory: nobody exchanges it for another meanwhile, or deletes from it.
+
+    `alone`: the one who does. The lock is on the directory itself: it takes no file, so no room and no leave to make
+    one, and who writes one hour does not wait for whoever exchanges another.
+
+    Raises OSError: there is no such directory; BlockingIOError if the lock is not to be had in `PUBLISH_WAIT_S`.
+    """
+    while True:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _flocked(descriptor, directory, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, PUBLISH_WAIT_S):
+            if os.path.samestat(os.fstat(descriptor), os.stat(directory)):  # else it was exchanged while this waited
+                yield
+                return
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def publish(
     fields = schema.arrow("coverage")
     table = pa.Table.from_arrays([_cell(field, known.get(field.name)) for field in fields], schema=fields)
     (directory / f".{name}.tmp").unlink(missing_ok=True)  # of a process that was ended at it
-    file = UnpublishedFile(directory, f".{name}.tmp", fields, root)
+    file = UnpublishedFile(directory, f".{name}.tmp", fields)
     try:
         file.write(table)
         told = {"files": files, "rows": rows, "end": end}

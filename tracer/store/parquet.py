@@ -40,12 +40,11 @@ def _options(schema: pa.Schema) -> dict[str, object]:
 class UnpublishedFile:
     """A file that nobody sees yet. Every method but `discard` may raise OSError or ArrowException."""
 
-    def __init__(self, directory: Path, name: str, schema: pa.Schema, root: Path) -> None:
-        """`root` is the dataset's: nobody exchanges the directory while a name appears in it."""
+    def __init__(self, directory: Path, name: str, schema: pa.Schema) -> None:
+        """Makes the directory if need be."""
         self.rows = self._published_bytes = 0
-        self._root, self._path = root, directory / name
-        with locks.publishing(root):
-            layout.make_directory(directory)
+        self._path = directory / name
+        with locks.publishing(directory):
             # This descriptor is open before anything is written, so its fsync reports every failed write-back.
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
@@ -77,7 +76,7 @@ class UnpublishedFile:
         os.fsync(self._descriptor)
         self._published_bytes = os.fstat(self._descriptor).st_size
         target = self._path.with_name(name)
-        with locks.publishing(self._root):
+        with locks.steady(target.parent):
             self._path.rename(target)
         with contextlib.suppress(OSError):
             os.close(self._descriptor)

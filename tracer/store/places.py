@@ -156,10 +156,10 @@ class Directory:
     def put(self, name: str, source: IO[bytes], content: Content, pace: Pace) -> bool:
         """By a rename, after fsync."""
         target, staged = self.root / name, self.root / _staged(name)
-        with locks.publishing(self.root):
-            layout.make_directory(target.parent)
+        with locks.publishing(target.parent):
+            file = staged.open("w+b")
         try:
-            with staged.open("w+b") as file:
+            with file:
                 while piece := source.read(pace.piece):
                     pace.spend(len(piece))
                     file.write(piece)
@@ -170,7 +170,7 @@ class Directory:
                 file.seek(0)
                 if content_of(file) != content:
                     raise _different(name)
-            with locks.publishing(self.root):
+            with locks.steady(target.parent):
                 if target.name in merged_names(target.parent):
                     staged.unlink()
                     return False

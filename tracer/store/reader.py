@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tracer import schema
 from tracer.errors import NoDataError, TracerError
 from tracer.store import layout
-from tracer.store.roots import File, Remote, RemoteFile, Root, source
+from tracer.store.roots import File, Remote, RemoteFile, Root
 
 #: Directories below a table's, and published files: how their names begin, and end.
 _LEVELS, _ENDING = ("v", "date=", "hour="), ".parquet"
@@ -153,50 +153,61 @@ def _sound() -> Iterator[None]:
         raise pa.ArrowInvalid(f"its footer is damaged ({error})") from error
 
 
-def _footer(path: File) -> pq.FileMetaData:
-    given = source(path)
-    with _sound():
-        return pq.read_metadata(given.pop("source"), **given)
-
-
-def columns_of(footer: pq.FileMetaData) -> set[str]:
-    """Names of a file's columns.
-
-    Not by the footer's `schema` if there is another way: the two hold each other, and so their memory (30 kB a file).
-    """
-    with _sound():
-        if not footer.num_row_groups:
-            return set(footer.schema.to_arrow_schema().names)
-        group = footer.row_group(0)
-        return {group.column(number).path_in_schema.partition(".")[0] for number in range(group.num_columns)}
-
-
-def _file(path: File, footer: pq.FileMetaData, coded: list[str]) -> pq.ParquetFile:
-    with _sound():
-        return pq.ParquetFile(**source(path), metadata=footer, read_dictionary=coded)
-
-
 @contextlib.contextmanager
-def _opened(path: File, table: str, wanted: list[pa.Field]) -> Iterator[tuple[pq.ParquetFile, list[str]]]:
-    """The file, and which of the wanted columns it has."""
-    coded = [field.name for field in wanted if field.type == schema.DICT]
+def _open(path: File) -> Iterator[pa.NativeFile]:
+    """The file, opened once for all that is read of it: another may take its name meanwhile.
+
+    Raises TracerError if it cannot be read, then or while it is open.
+    """
     try:
-        footer = _footer(path)
-        present = columns_of(footer)
-        with _file(path, footer, [name for name in coded if name in present]) as file:
-            missing = [field.name for field in wanted if field.name not in present and not field.nullable]
-            if missing:
-                raise TracerError(
-                    f"{path} lacks the columns {', '.join(missing)}; it is not a {table} file of this version or a "
-                    "later one: move it out of the dataset"
-                )
-            yield file, [field.name for field in wanted if field.name in present]
+        opened = pa.OSFile(str(path)) if isinstance(path, Path) else path.filesystem.open_input_file(str(path.path))
+        with opened as file:
+            yield file
     except FileNotFoundError as error:
         raise TracerError(
             f"{path} is gone since it was listed: its hour was compacted, or it has expired; try again"
         ) from error
     except (OSError, pa.ArrowException) as error:
         raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
+
+
+def extent(path: File) -> tuple[int, set[str]]:
+    """How many rows a file has, and the names of its columns. Raises TracerError if it cannot be read."""
+    with _open(path) as opened:
+        file, names = _parquet(opened, [])
+        return file.metadata.num_rows, names
+
+
+def _parquet(opened: pa.NativeFile, coded: list[str]) -> tuple[pq.ParquetFile, set[str]]:
+    """The file, of which the `coded` columns are read as dictionaries if it has them; and the names of its columns.
+
+    Those are known from what opening makes of the footer. Not from the metadata of a row group's columns, where
+    Arrow ends the process if they are damaged; nor from the footer's `schema`: the two hold each other, and so their
+    memory (30 kB a file).
+    """
+    with _sound():
+        footer = pq.read_metadata(opened)
+        try:
+            file = pq.ParquetFile(opened, metadata=footer, read_dictionary=coded)
+        except KeyError:  # an older version's file, which lacks one
+            names = pq.ParquetFile(opened, metadata=footer).schema_arrow.names
+            there = [name for name in coded if name in names]
+            file = pq.ParquetFile(opened, metadata=footer, read_dictionary=there)
+        return file, set(file.schema_arrow.names)
+
+
+@contextlib.contextmanager
+def _opened(path: File, table: str, wanted: list[pa.Field]) -> Iterator[tuple[pq.ParquetFile, list[str]]]:
+    """The file, and which of the wanted columns it has."""
+    with _open(path) as opened:
+        file, present = _parquet(opened, [field.name for field in wanted if field.type == schema.DICT])
+        missing = [field.name for field in wanted if field.name not in present and not field.nullable]
+        if missing:
+            raise TracerError(
+                f"{path} lacks the columns {', '.join(missing)}; it is not a {table} file of this version or a "
+                "later one: move it out of the dataset"
+            )
+        yield file, [field.name for field in wanted if field.name in present]
 
 
 def rows(root: Path, table: str = "connections", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -210,10 +221,8 @@ def metadata(path: File) -> dict[str, str]:
 
     Raises TracerError if the file cannot be read.
     """
-    try:
-        found = _footer(path).metadata or {}
-    except (OSError, pa.ArrowException) as error:
-        raise TracerError(f"cannot read {path}: {error}; move the file out of the dataset and try again") from error
+    with _open(path) as opened, _sound():
+        found = pq.read_metadata(opened).metadata or {}
     texts = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
     texts.pop("ARROW:schema", None)
     return texts

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from tracer.errors import TracerError
-from tracer.store import layout, losses
+from tracer.store import layout, locks, losses
 from tracer.store.inventory import Entry, stamp_of
 
 _log = logging.getLogger(__name__)
@@ -102,9 +102,10 @@ def _is_no_loss(entry: Entry) -> bool:
 def _delete(entry: Entry, done: Expired) -> bool:
     """Deletes a file, unless it has been replaced meanwhile; false if it is still there."""
     try:
-        if stamp_of(entry.path.lstat()) != entry.stamp:
-            return False
-        entry.path.unlink()
+        with locks.steady(entry.path.parent, alone=True):
+            if stamp_of(entry.path.lstat()) != entry.stamp:
+                return False
+            entry.path.unlink()
     except FileNotFoundError:
         return True
     except OSError as error:

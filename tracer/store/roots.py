@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from tracer.errors import NoDataError, TracerError, UsageError
+from tracer.errors import TracerError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +82,13 @@ def root_of(place: str | Path) -> Root:
     """The root that a path or an address (``s3://bucket/prefix``, ``file:///directory``) means.
 
     Raises:
-        UsageError: no file system is known for such an address.
+        UsageError: there is no such local directory, or no file system is known for such an address.
         TracerError: it cannot be reached.
-        NoDataError: there is no such local directory.
     """
     if isinstance(place, Path) or "://" not in place:
         local = Path(place)
         if not local.is_dir():
-            raise NoDataError(f"there is no directory {local}; check the path")
+            raise UsageError(f"there is no directory {local}; check the path")
         return local
     from pyarrow import ArrowException, fs
 
@@ -172,10 +171,3 @@ def _shown(place: str) -> str:
     scheme, _, rest = place.partition("?")[0].partition("://")
     where, slash, path = rest.partition("/")
     return f"{scheme}://{where.rpartition('@')[2]}{slash}{path}"
-
-
-def source(file: File) -> dict[str, Any]:
-    """How pyarrow.parquet is told of a file: its keyword arguments."""
-    if isinstance(file, RemoteFile):
-        return {"source": str(file.path), "filesystem": file.filesystem}
-    return {"source": file}
