@@ -167,6 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.kind = kind
         verb = "watch" if self.parameters.get("watch") == "true" else "list"
+        # Taken before the request can be seen: a fault that is ordered afterwards is for the next one.
+        faults = self.api.faults[kind, verb]
+        fault = faults.popleft() if faults else None
         self.api.requests.append((kind, verb, self.parameters))
         if self.api.token and self.headers.get("Authorization") != f"Bearer {self.api.token}":
             self.answer(401, {"kind": "Status", "code": 401})
@@ -174,8 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed(url.path, verb):
             self.answer(403, {"kind": "Status", "code": 403, "reason": "Forbidden"})
             return
-        faults = self.api.faults[kind, verb]
-        if faults and not faults.popleft()(self):
+        if fault is not None and not fault(self):
             return
         if verb == "list":
             self._list()

@@ -1,9 +1,11 @@
 """One kernel time is one wall time, whatever the wall clock does afterwards."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tracer import clock as clocks
 from tracer.clock import MAX_PIECES, TOLERANCE_NS, WallClock
 
 SECOND = 10**9
@@ -63,6 +65,45 @@ def test_what_was_converted_never_changes(steps: list[tuple[int, int]], data: st
 
 
 def test_real_clocks() -> None:
-    before = WallClock._now()
-    [now] = wall(WallClock(), before[0])
-    assert abs(now - before[1]) < SECOND
+    boot, known, _ = clocks._now()
+    [now] = wall(WallClock(), boot)
+    assert abs(now - known) < SECOND
+
+
+class Preempted:
+    """A machine on which this process loses the CPU now and then, between its first reading and its second."""
+
+    CLOCK_BOOTTIME = 7
+
+    def __init__(self, *lost_ns: int) -> None:
+        self.lost, self.boot = list(lost_ns), 0
+
+    def clock_gettime_ns(self, _: int) -> int:
+        self.boot += 100
+        return self.boot
+
+    def time_ns(self) -> int:
+        self.boot += self.lost.pop(0) if self.lost else 0
+        return EPOCH + self.boot
+
+
+def test_a_process_that_loses_the_cpu_sees_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Preempted(SECOND, SECOND)
+    monkeypatch.setattr(clocks, "time", machine)
+    clock = WallClock()
+    assert machine.lost == []
+    machine.lost = [10**7, 2 * 10**7]
+    clock.observe()
+    machine.lost = [10**8 + number for number in range(100)]  # always: what it reads says nothing
+    clock.observe()
+    assert len(clock._starts) == 1
+    assert abs(wall(clock, SECOND)[0] - EPOCH - SECOND) < 1000
+
+
+def test_a_step_is_seen_by_one_who_loses_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Preempted()
+    monkeypatch.setattr(clocks, "time", machine)
+    clock = WallClock()
+    monkeypatch.setattr(machine, "time_ns", lambda: EPOCH + machine.boot + 60 * SECOND)
+    clock.observe()
+    assert abs(wall(clock, machine.boot + SECOND)[0] - EPOCH - machine.boot - 61 * SECOND) < 1000

@@ -153,9 +153,11 @@ class Left:
         """Adds all descendants of a process, and what they hold."""
         for process in descendants(pid):
             try:
-                self.processes[process] = started(process)
+                if not (when := started(process)):
+                    continue  # it has ended
+                self.processes[process] = when
                 if os.stat(f"/proc/{process}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino:
-                    self.namespaces[process] = self.processes[process]
+                    self.namespaces[process] = when
                 for descriptor in Path(f"/proc/{process}/fdinfo").iterdir():
                     text = descriptor.read_text()
                     self.programs |= {int(number) for number in re.findall(r"^prog_id:\s*(\d+)", text, re.MULTILINE)}

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from tracer.clock import WallClock
 from tracer.errors import TracerError
+from tracer.files import write_whole
 from tracer.kernel import accounting, checks
 from tracer.kernel.capture import Capture, Options
 from tracer.kernel.mounts import host_cgroups
@@ -88,6 +89,8 @@ class Rhythm:
             if now >= self._due[number]:
                 try:
                     task()
+                except BrokenPipeError:  # nobody reads what is printed any more
+                    raise
                 except (TracerError, OSError) as error:  # a passing want of memory or descriptors: next time, then
                     _log.warning("a periodic task failed and will be tried again: %s", error)
                 self._due[number] = now + period()
@@ -216,12 +219,12 @@ def run(options: AgentOptions) -> None:
     import pyarrow
 
     from tracer.operations.vitals import Vitals
+    from tracer.store import layout
     from tracer.store.coverage import Run
     from tracer.store.writer import DatasetWriter
 
-    if options.ready_file is not None:
-        options.ready_file.unlink(missing_ok=True)  # an earlier run's, if that was killed
     checks.demand(options.capture)
+    lock = layout.Lock(options.output, options.node)
     if options.enable_accounting:
         accounting.enable(options.capture.node_netns)
     # Gives memory back between row groups: 95 MB resident at 6,000 connections a second, 106 MB with the default pool.
@@ -231,6 +234,10 @@ def run(options: AgentOptions) -> None:
     kept_s = options.capture.interval_s + options.rotate_s + 300
     names = names_of(options.node, options.kubeconfig, options.name_wait_s, kept_s)
     with contextlib.ExitStack() as stack:
+        stack.callback(lock.release)
+        # An earlier run's, if that was killed; not that of an agent that is at work.
+        _untell_ready(options.ready_file)
+        stack.callback(_untell_ready, options.ready_file)
         # Before the rest, so that an address that is not to be had is said at once.
         listener = stack.enter_context(server.bind(*options.listen)) if options.listen else None
         capture = stack.enter_context(Capture(options.capture))
@@ -251,6 +258,7 @@ def run(options: AgentOptions) -> None:
             rotate_bytes=options.rotate_bytes,
             names=names,
             disk_budget=options.disk_budget,
+            lock=lock,
         )
         try:
             if listener is not None:
@@ -275,10 +283,12 @@ def _attend(writer: "DatasetWriter") -> bool:
     return writer.failed
 
 
+def _untell_ready(path: Path | None) -> None:
+    if path is not None and path.is_file():  # no device
+        with contextlib.suppress(OSError):  # where it cannot be removed it cannot be written, which is said
+            path.unlink()
+
+
 def _tell_ready(path: Path | None) -> None:
-    if path is None:
-        return
-    try:
-        path.write_text(f"{os.getpid()}\n", encoding="ascii")
-    except OSError as error:
-        raise TracerError(f"The ready file {path} cannot be written ({error.strerror}).") from error
+    if path is not None:
+        write_whole(path, lambda file: file.write(f"{os.getpid()}\n"))

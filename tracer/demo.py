@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import defaultdict
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from tracer.errors import TracerError
 from tracer.lab import child, scenario
@@ -115,50 +117,50 @@ def _agent(cluster: Cluster, output: Path) -> Iterator[None]:
     ready.unlink(missing_ok=True)
     pods = [*cluster.client_pods, *cluster.backend_pods]
     root = str(Path(__file__).resolve().parent.parent)
-    process = subprocess.Popen(
-        child.command(
-            *(os.getpid(), "/proc/self/ns/net"),
-            *(sys.executable, "-m", "tracer", "agent", "--output", str(output), "--node", cluster.node.name),
-            *("--netns", cluster.node.path, "--only-netns", cluster.node.path),
-            *(part for pod in pods for part in ("--only-netns", pod.netns.path)),
-            *("--interval", f"{INTERVAL_S}s", "--ready-file", str(ready), "--log-format", "text"),
-        ),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-        # no VIP_TRACER_* of the user's, but for programs compiled before; and never a module from the current directory
-        env={
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith("VIP_TRACER_") or name == "VIP_TRACER_CACHE"
+    with tempfile.TemporaryFile() as said:  # a pipe that nobody reads would hold up an agent with much to say
+        process = subprocess.Popen(
+            child.command(
+                *(os.getpid(), "/proc/self/ns/net"),
+                *(sys.executable, "-m", "tracer", "agent", "--output", str(output), "--node", cluster.node.name),
+                *("--netns", cluster.node.path, "--only-netns", cluster.node.path),
+                *(part for pod in pods for part in ("--only-netns", pod.netns.path)),
+                *("--interval", f"{INTERVAL_S}s", "--ready-file", str(ready), "--log-format", "text"),
+            ),
+            stderr=said,
+            stdout=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            # No VIP_TRACER_* of the user's, but for programs compiled before; and never a module from the current
+            # directory.
+            env={
+                **{
+                    name: value
+                    for name, value in os.environ.items()
+                    if not name.startswith("VIP_TRACER_") or name == "VIP_TRACER_CACHE"
+                },
+                "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+                "PYTHONSAFEPATH": "1",
             },
-            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-            "PYTHONSAFEPATH": "1",
-        },
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + _READY_S
-        while not ready.exists():
-            if process.poll() is not None or time.monotonic() > deadline:
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + _READY_S
+            while not ready.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    process.kill()
+                    process.wait()
+                    raise TracerError(f"The agent did not become ready. It said:\n{_said(said)}")
+                time.sleep(0.02)
+            yield
+            _stop(process)
+            if process.returncode != 0:
+                raise TracerError(f"The agent ended with exit code {process.returncode}. It said:\n{_said(said)}")
+        finally:
+            try:
+                _stop(process)
+            finally:
                 process.kill()
                 process.wait()
-                raise TracerError(f"The agent did not become ready. It said:\n{_said(process)}")
-            time.sleep(0.02)
-        yield
-        _stop(process)
-        if process.returncode != 0:
-            raise TracerError(f"The agent ended with exit code {process.returncode}. It said:\n{_said(process)}")
-    finally:
-        try:
-            _stop(process)
-        finally:
-            process.kill()
-            process.wait()
-            if process.stderr is not None:
-                process.stderr.close()
-            ready.unlink(missing_ok=True)
+                ready.unlink(missing_ok=True)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -172,10 +174,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         ) from error
 
 
-def _said(process: subprocess.Popen[bytes]) -> str:
-    """What an ended agent said on stderr."""
-    assert process.stderr is not None
-    return process.stderr.read().decode(errors="replace").strip()
+def _said(stderr: IO[bytes]) -> str:
+    """What an ended agent said."""
+    stderr.seek(0)
+    return stderr.read().decode(errors="replace").strip()
 
 
 def play(output: Path, *, seconds: float, cause: str, seed: int | None, progress: Progress) -> Result:

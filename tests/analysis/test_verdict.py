@@ -47,8 +47,8 @@ def test_p_of_what_chance_makes_is_uniform(seed: int, backends: int, picks: int)
     found = np.array(
         [chance.probability(row.astype(float), even, picks) for row in rng.multinomial(picks, even / picks, 60)]
     )
-    # of 60, 16 below 0.05 have a probability of 3e-8
-    assert (found < 0.05).sum() < 16
+    # Of few picks it is not quite 0.05 that lies below it, but 0.078 at the most: of 60, 20 have a probability of 2e-8.
+    assert (found < 0.05).sum() < 20
 
 
 def test_load_on_one_that_was_to_get_none_is_no_chance() -> None:

@@ -45,8 +45,10 @@ def ports(root: Path) -> list[int]:
 def test_a_second_agent_is_refused_and_the_first_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     with running(cluster, tmp_path / "data") as (first, talk):
         before = cluster.clients[0].connect_many(2, cluster.vip())
-        second = run("agent", "--output", tmp_path / "data", "--node", "n", *namespaces(cluster))
+        ready = tmp_path / "ready"
+        second = run("agent", "--output", tmp_path / "data", "--node", "n", "--ready-file", ready, *namespaces(cluster))
         assert "another agent is writing to" in sentence(second, 1)
+        assert ready.read_text() == f"{first.pid}\n"
         after = cluster.clients[0].connect_many(3, cluster.vip())
         cluster.settle()
         assert first.poll() is None
@@ -54,6 +56,7 @@ def test_a_second_agent_is_refused_and_the_first_goes_on(cluster: Cluster, tmp_p
         out, _ = first.communicate(timeout=30)
     assert (first.returncode, out) == (0, ""), talk.path.read_text()
     assert "5 rows written, nothing lost" in talk
+    assert not ready.exists()
     assert ports(tmp_path / "data") == sorted(int(row["local_port"]) for rows in (before, after) for row in rows)
 
 
@@ -85,10 +88,11 @@ def test_it_stops_by_itself_and_takes_its_options_from_the_environment(cluster: 
         "VIP_TRACER_AGENT_ONLY_NETNS": " ".join(pod.path for pod in pods),
         "VIP_TRACER_AGENT_READY_FILE": str(tmp_path / "ready"), "VIP_TRACER_AGENT_INTERVAL": "250ms",
     }  # fmt: skip
+    (tmp_path / "ready").write_text("of one that was killed")
     done = run("agent", env=variables)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "stopped (duration)" in done.stderr
-    assert (tmp_path / "ready").read_text().strip().isdigit()
+    assert not (tmp_path / "ready").exists()
     (path,) = reader.files(tmp_path / "data", "coverage")
     (row, *_) = (row for batch in reader.batches(path, "coverage") for row in batch.to_pylist())
     assert (row["node"], row["interval_s"]) == ("elsewhere", 0), json.dumps(row, default=str)
@@ -104,5 +108,5 @@ def test_an_output_that_cannot_be_written_is_a_sentence(where: str, cluster: Clu
 def test_a_ready_file_that_cannot_be_written_is_a_sentence(cluster: Cluster, tmp_path: Path) -> None:
     where = tmp_path / "nowhere" / "ready"
     done = run("agent", "--output", tmp_path / "data", "--ready-file", where, *namespaces(cluster))
-    assert f"The ready file {where} cannot be written" in sentence(done, 1)
+    assert f"cannot write {where}" in sentence(done, 1)
     assert os.listdir(tmp_path / "data")  # it had begun, and ended in good order

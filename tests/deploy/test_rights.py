@@ -29,8 +29,8 @@ def listen(rules: list[Raw], config: Path) -> tuple[KubeApi, set[str], dict[str,
         try:
             end = time.monotonic() + 30
             while True:
-                book.apply(watches.changes())
                 failed = {kind: state.last_error for kind, state in watches.state().items() if state.last_error}
+                book.apply(watches.changes())  # afterwards: who has failed has told all it knew before
                 watched = {kind for kind, verb, _ in server.requests if verb == "watch"} & book.synced & may_watch
                 if watched | set(failed) == set(KINDS):
                     return server, set(book.synced), failed

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from tracer.agent import interim_period
+from tracer.agent import Rhythm, interim_period
 from tracer.kernel import capture as module
 from tracer.kernel import netns
 from tracer.kernel.capture import Capture, Options
@@ -85,3 +85,15 @@ def test_walks_take_no_more_than_their_share_of_the_time() -> None:
     assert interim_period(1, 0) == 0.25
     assert interim_period(3600, 0) == 10
     assert interim_period(60, 2) == 40, "a twentieth of the time"
+
+
+def test_who_prints_for_nobody_ends() -> None:
+    """`observe | head`: not a passing want of something, to be tried again."""
+
+    def printed() -> None:
+        raise BrokenPipeError
+
+    rhythm = Rhythm(0.0)
+    rhythm.every(lambda: 1.0, printed)
+    with pytest.raises(BrokenPipeError):
+        rhythm.run(2.0)

@@ -141,7 +141,7 @@ def test_pods_are_dealt_over_the_nodes(world: Cluster) -> None:
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_pod_reaches_the_backends_of_all_nodes(world: Cluster, family: int, number: int) -> None:
     client, vip = world.client_pods[number], world.vip(family=family)
-    arrived = dial(world, world.clients[number], vip, 60)
+    arrived = dial(world, world.clients[number], vip, 80)
     assert {local[0] for _, local in arrived} == backends_of(world, 0, family) | backends_of(world, 1, family)
     near, far = (entries(world.nodes[place].netns, family) for place in (number, 1 - number))
     translated = [entry for entry in of(near, vip) if entry.client[0] == client.ips[family]]
@@ -158,7 +158,7 @@ def test_a_pod_reaches_the_backends_of_all_nodes(world: Cluster, family: int, nu
 def test_a_node_port_leads_anywhere_and_is_masqueraded(world: Cluster, family: int, number: int) -> None:
     where = world.node_port("anywhere", number, family)
     assert where == (world.nodes[number].addresses[family], 30081)
-    arrived = dial(world, world.outside_client, where, 60)
+    arrived = dial(world, world.outside_client, where, 80)
     assert {local[0] for _, local in arrived} == backends_of(world, 0, family) | backends_of(world, 1, family)
     assert OUTSIDE[family] not in {peer[0] for peer, _ in arrived}
     found = of(entries(world.nodes[number].netns, family), where)
@@ -182,7 +182,7 @@ def test_a_local_node_port_stays_on_its_node_and_keeps_the_client(world: Cluster
 @pytest.mark.parametrize("family", [4, 6])
 def test_a_load_balancers_address_leads_in_by_the_first_node(world: Cluster, family: int) -> None:
     assert world.load_balancer("anywhere") == ("172.31.0.11", 81)
-    arrived = dial(world, world.outside_client, world.load_balancer("anywhere", family), 60)
+    arrived = dial(world, world.outside_client, world.load_balancer("anywhere", family), 80)
     assert {local[0] for _, local in arrived} == backends_of(world, 0, family) | backends_of(world, 1, family)
     assert OUTSIDE[family] not in {peer[0] for peer, _ in arrived}
     assert_the_witnesses_agree(of(entries(world.node, family), world.load_balancer("anywhere", family)), arrived)
@@ -227,7 +227,7 @@ def test_a_pod_reaches_itself_on_either_node(world: Cluster) -> None:
 
 def test_a_process_of_either_node_reaches_the_backends_of_both(world: Cluster) -> None:
     for number, node in enumerate(world.nodes):
-        arrived = dial(world, world.client_in(node), world.vip(), 60)
+        arrived = dial(world, world.client_in(node), world.vip(), 80)
         assert {local[0] for _, local in arrived} == backends_of(world, 0, 4) | backends_of(world, 1, 4)
         # masqueraded, so the other node's pods answer to the node, not past it
         far = {peer[0] for peer, local in arrived if local[0] in backends_of(world, 1 - number, 4)}
@@ -244,7 +244,7 @@ def test_session_affinity_keeps_each_client_with_one_backend(proxy: str, family:
             arrived = dial(cluster, client, cluster.vip("sticky"), 20)
             assert {peer[0] for peer, _ in arrived} == {pod.ips[family]}
             assert len({local[0] for _, local in arrived}) == 1
-        assert len({local[0] for _, local in dial(cluster, cluster.clients[0], cluster.vip(), 60)}) == 4
+        assert len({local[0] for _, local in dial(cluster, cluster.clients[0], cluster.vip(), 80)}) == 4
 
 
 @pytest.mark.parametrize("family", [4, 6])

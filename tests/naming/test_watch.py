@@ -95,6 +95,7 @@ def new(kind: str, name: str) -> dict[str, Any]:
 def test_one_list_and_one_watch_for_each_kind(server, hear) -> None:
     heard = hear(server)
     heard.synced()
+    heard.until(lambda: all(server.asked(kind, "watch") for kind in KINDS))
     server.set("services", new("services", "added"))
     heard.until(lambda: "added" in {name for _, name in heard.book.services})
     namespace = sample("services")[0]["metadata"]["namespace"]
@@ -137,6 +138,7 @@ def test_a_watch_that_the_server_ends_goes_on_where_it_was(server, hear) -> None
 
 @pytest.mark.parametrize("how", ["event", "status"])
 def test_a_version_that_is_gone_is_listed_anew(server, hear, how) -> None:
+    server.bookmark_s = 60  # none tells the version that `compact` makes
     heard = hear(server)
     heard.synced()
     heard.until(lambda: server.asked("services", "watch"))
@@ -380,6 +382,51 @@ def test_stop_while_the_watch_is_being_asked_for(server, hear, monkeypatch) -> N
     for follower in heard.watches._followers.values():
         follower.join(20)
         assert not follower.is_alive(), "it waits for a server that has nothing to say"
+
+
+def test_stop_during_the_list_asks_for_no_watch(server, hear, monkeypatch) -> None:
+    monkeypatch.setattr(watching, "STOP_S", 0.0)
+    stopped = threading.Event()
+    for kind in KINDS:
+        server.faults[kind, "list"].append(lambda _: stopped.wait(20))
+    heard = hear(server)
+    heard.until(lambda: all(server.asked(kind, "list") for kind in KINDS))
+    heard.watches.stop()
+    stopped.set()
+    for follower in heard.watches._followers.values():
+        follower.join(20)
+    assert not [kind for kind in KINDS if server.asked(kind, "watch")]
+
+
+def test_a_watch_may_be_silent_but_must_begin(server, hear, monkeypatch) -> None:
+    monkeypatch.setattr(requests, "READ_S", 0.3)
+    server.bookmark_s, over = 1.5, threading.Event()
+    server.faults["pods", "watch"].append(lambda _: over.wait(20))
+    heard = hear(server)
+    heard.until(lambda: heard.watches.state()["pods"].errors)
+    over.set()
+    heard.until(lambda: heard.watches.state()["pods"].watches == 2)
+    time.sleep(1.0)
+    state = heard.watches.state()["services"]
+    assert (state.watches, state.errors) == (1, 0)
+
+
+def test_what_a_socket_says_that_is_shut_down_under_a_reader_is_no_defect(server, hear, monkeypatch, caplog) -> None:
+    heard = hear(server)
+    heard.synced()
+    heard.until(lambda: all(server.asked(kind, "watch") for kind in KINDS))
+
+    def aborted(self: requests.Watch) -> Iterator[bytes]:
+        heard.watches._stopped.wait(20)
+        raise ValueError("Read on closed or unwrapped SSL socket.")
+
+    monkeypatch.setattr(requests.Watch, "lines", aborted)
+    server.cut()
+    heard.until(lambda: all(len(server.asked(kind, "watch")) == 2 for kind in KINDS))
+    heard.watches.stop()
+    for follower in heard.watches._followers.values():
+        follower.join(20)
+    assert "failed and begins anew" not in caplog.text
 
 
 def test_token_and_tls(tmp_path, hear) -> None:

@@ -145,10 +145,10 @@ def test_what_happens_is_counted(watched: Watched) -> None:
 
 def test_sighup_publishes_and_the_agent_goes_on(watched: Watched) -> None:
     count, before = watched.value("published_files_total", "connections"), published(watched.agent.output)
-    rows_before = watched.value("written_total")
+    rows_before, waiting = watched.value("written_total"), watched.value("unpublished_rows")
     watched.cluster.clients[0].connect_many(5, watched.cluster.vip(), 100, 100)
     watched.cluster.settle()
-    until(lambda: watched.value("unpublished_rows") >= 5, "the rows")
+    until(lambda: watched.value("unpublished_rows") >= waiting + 5, "the rows")
     watched.hang_up()
     until(lambda: watched.value("unpublished_rows") == 0, "the publication")
     assert watched.value("written_total") >= rows_before + 5
@@ -177,7 +177,7 @@ def test_an_output_that_cannot_be_written_is_told(watched: Watched) -> None:
     assert "rows are lost, and counted" in said
     assert watched.page("/healthz")[0] == 200
     until(lambda: watched.value("output_failing") == 1, "the metric")
-    assert watched.value("publication_failures_total") >= 1
+    until(lambda: watched.value("publication_failures_total") >= 1, "the end of the publication")
     assert watched.value("lost_total", "writer") >= 2
     root.unlink()
     aside.rename(root)

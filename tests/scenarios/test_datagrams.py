@@ -59,13 +59,15 @@ def emptied(world: Cluster) -> Cluster:
 
 
 @contextmanager
-def lasting(cluster: Cluster) -> Iterator[None]:
+def lasting(cluster: Cluster, *timeouts: str) -> Iterator[None]:
     """Entries outlast an agent's start or stop, which may take longer than their two seconds."""
-    cluster.node.sysctl({"net.netfilter.nf_conntrack_udp_timeout": 60})
+    names = [f"net.netfilter.nf_conntrack_{timeout}" for timeout in timeouts or ("udp_timeout",)]
+    before = {name: int(cluster.node.run(["sysctl", "-n", name])) for name in names}
+    cluster.node.sysctl(dict.fromkeys(names, 60))
     try:
         yield
     finally:
-        cluster.node.sysctl({"net.netfilter.nf_conntrack_udp_timeout": 2})
+        cluster.node.sysctl(before)
 
 
 class Made(NamedTuple):
@@ -334,20 +336,21 @@ def watched(world: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Watched
     output = tmp_path_factory.mktemp("watched") / "data"
     with agent(world, output, "--interval", "1s", "--rotate", "1s"):
         paused = one.datagrams(3, world.vip("dns"), SENDS, RECEIVES, keep=True)["number"]
-        connected = one.datagrams(3, vip, SENDS, RECEIVES, keep=True)["number"]
-        plain = other.datagrams(3, vip, SENDS, RECEIVES, connected=False, keep=True)["number"]
+        with lasting(world, "udp_timeout", "udp_timeout_stream"):  # however slowly the traffic goes on, none ends
+            connected = one.datagrams(3, vip, SENDS, RECEIVES, keep=True)["number"]
+            plain = other.datagrams(3, vip, SENDS, RECEIVES, connected=False, keep=True)["number"]
 
-        def go_on() -> bool:
-            """A third of a second's traffic; whether an interim row of each of the six is there."""
-            one.exchange(connected, SENDS, RECEIVES)
-            other.exchange(plain, SENDS, RECEIVES)
-            one.connect_many(3, world.vip(), SENDS, RECEIVES, rate=6)
-            if not list(output.glob("connections/**/*.parquet")):
-                return False
-            told = rows(output)
-            return told[told.dst_ip == vip[0]].conn_id.nunique() == 6
+            def go_on() -> bool:
+                """A third of a second's traffic; whether an interim row of each of the six is there."""
+                one.exchange(connected, SENDS, RECEIVES)
+                other.exchange(plain, SENDS, RECEIVES)
+                one.connect_many(3, world.vip(), SENDS, RECEIVES, rate=6)
+                if not list(output.glob("connections/**/*.parquet")):
+                    return False
+                told = rows(output)
+                return told[told.dst_ip == vip[0]].conn_id.nunique() == 6
 
-        until(go_on, "interim rows of all flows")
+            until(go_on, "interim rows of all flows")
         go_on()
         ledgers = one.release(connected), other.release(plain)
         await_the_end(world)

@@ -1,11 +1,12 @@
 """An agent that is killed, in whatever way and moment: the dataset stays whole, and nothing stays but the dataset."""
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,15 +72,16 @@ def loader_of(run: Run) -> int | None:
     return int(found[0]) if found else None
 
 
-def caught_loader(run: Run, at_work: Callable[[int], bool] = lambda child: True) -> int | None:
+def caught_loader(run: Run, at_work: Callable[[int], bool]) -> int | None:
     """The process that compiles and attaches, stopped in the middle of it; None if it was too quick for us."""
     end = time.monotonic() + PATIENCE_S
     while not run.is_ready():
         assert time.monotonic() < end, "waited for the loader"
         child = loader_of(run)
         if child is not None and at_work(child):
-            os.kill(child, signal.SIGSTOP)
-            return child
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(child, signal.SIGSTOP)
+                return child
         time.sleep(0.001)
     return None
 
@@ -97,21 +99,37 @@ def is_compiling(child: int) -> bool:
         return False  # it has ended
 
 
+def caught(
+    cluster: Cluster, output: Path, *options: str, prefix: Sequence[str], at_work: Callable[[int], bool]
+) -> tuple[Run, int]:
+    """An agent whose loading child is stopped in the middle of it; and that child."""
+    for _ in range(10):
+        run = Run.start(cluster, output, *options, prefix=prefix)
+        child = caught_loader(run, at_work)
+        if child is not None:
+            return run, child
+        run.kill()
+    raise AssertionError("it was always too quick")
+
+
 def kill_all(run: Run) -> None:
+    """The agent first: it would end by itself without its loader."""
+    run.process.kill()
     for pid in kernel_objects.processes(run.mark):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGKILL", "SIGKILL and the probe", "all at the start"])
 def test_whatever_ends_it_nothing_is_left(cluster: Cluster, tmp_path: Path, how: str) -> None:
     options = ("--connect-probe", "on") if "probe" in how else ()
     with harmless(cluster) as apart:
-        run = Run.start(cluster, tmp_path / "data", "--rotate", "100ms", *options, prefix=apart)
         if how == "all at the start":
-            assert caught_loader(run)
+            run, _ = caught(cluster, tmp_path / "data", prefix=apart, at_work=lambda child: True)
             kill_all(run)
             assert run.process.wait(30) == -signal.SIGKILL
         else:
+            run = Run.start(cluster, tmp_path / "data", "--rotate", "100ms", *options, prefix=apart)
             run.wait_until_ready()
             held = kernel_objects.held(run.process.pid)
             assert {kind for kind, _ in held} == {"prog", "map", "link"}
@@ -130,13 +148,7 @@ def test_the_loading_child_killed_half_way(
     if at_work is is_compiling:
         monkeypatch.delenv("VIP_TRACER_CACHE")
     with harmless(cluster) as apart:
-        for _ in range(10):
-            run = Run.start(cluster, tmp_path / "data", prefix=apart)
-            child = caught_loader(run, at_work)
-            if child is not None:
-                break
-            run.kill()
-        assert child is not None, "it was always too quick"
+        run, child = caught(cluster, tmp_path / "data", prefix=apart, at_work=at_work)
         os.kill(child, signal.SIGKILL)
         assert run.process.wait(60) == 1
         said = run.said.read_text()

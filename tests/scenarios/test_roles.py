@@ -75,7 +75,7 @@ class Run:
             cluster.node.run(["conntrack", "-D", "-p", "tcp", "--state", "TIME_WAIT"])
             cluster.node.run(["conntrack", "-D", "-p", "udp"])
             datagrams = client.datagrams(2, cluster.vip("dns"), SENDS, RECEIVES, source_port=9000, keep=True)["number"]
-            for _ in range(8):  # longer than an interval
+            for _ in range(20):  # longer than an interval, and than a look that was late
                 self.ledgers["held"] = client.exchange(held, SENDS, RECEIVES)
                 self.ledgers["held_datagrams"] = client.exchange(datagrams, SENDS, RECEIVES)
                 self.ledgers["held_node_port"] = outside.exchange(held_node_port, SENDS, RECEIVES)

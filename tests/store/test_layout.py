@@ -1,5 +1,8 @@
 """Names on disk: safe, ordered by time, and one writer for each."""
 
+import fcntl
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,14 @@ def test_a_second_agent_of_the_same_node_is_refused(tmp_path: Path) -> None:
         layout.Lock(tmp_path, "a")
     layout.Lock(tmp_path, "b").release()
     lock.release()
+    layout.Lock(tmp_path, "a").release()
+
+
+def test_an_exporter_that_looks_whether_an_agent_writes_keeps_none_out(tmp_path: Path) -> None:
+    layout.Lock(tmp_path, "a").release()
+    looks = os.open(tmp_path / ".lock-a", os.O_RDONLY)
+    fcntl.flock(looks, fcntl.LOCK_SH)
+    threading.Timer(0.1, os.close, [looks]).start()
     layout.Lock(tmp_path, "a").release()
 
 

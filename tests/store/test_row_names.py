@@ -79,13 +79,13 @@ def test_rows_get_their_names(tmp_path, wall) -> None:
 
 
 def test_rows_wait_until_their_names_are_known(tmp_path, wall) -> None:
-    """The name comes after the rows, and within the time that they are held."""
-    names = Names(hold=1.0)
+    """The name comes after the rows, while they are held."""
+    names = Names(hold=3600.0)
     writer = DatasetWriter(tmp_path, RUN, wall, names=names, group_rows=2)
     writer.put(make_records(5))
     while not names.calls:
         time.sleep(0.01)
-    names.word = "later"
+    names.word, names.hold = "later", 0.0
     writer.flush()
     assert set(services(tmp_path).values()) == {"later", None}
     assert sorted(names.met) == [1, 2, 3, 4, 5]

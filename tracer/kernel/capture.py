@@ -475,8 +475,8 @@ class Capture:
 
     def _read_socket_error(self) -> None:
         """Counts that the kernel could not allocate an event (ENOBUFS); the next reconciliation makes up for it."""
-        if self._netlink.fileno() >= 0 and self._netlink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.enobufs += 1
+        with contextlib.suppress(OSError):  # the capture has ended, or ends just now in another thread
+            self.enobufs += self._netlink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
     # -- translations ------------------------------------------------------------------------------------------------
 
@@ -497,6 +497,9 @@ class Capture:
         Raises:
             TracerError: conntrack does not answer.
         """
+        # As it was before the table is asked for: what comes in between is the next one's.
+        self._read_socket_error()
+        kept, enobufs = self.maps.counters_now()["kept"], self.enobufs
         self._claim_datagrams()
         earlier = self._known()
         began = _boot_ns()
@@ -534,7 +537,7 @@ class Capture:
         self._remove(keys[gone], values[gone])
         self._forget_owners(keys)
         self._dumped_alive = any((values["source"] == NatSource.DUMP).any() for _, values in self._batches())
-        self._kept, self._enobufs_then = self.maps.counters_now()["kept"], self.enobufs
+        self._kept, self._enobufs_then = kept, enobufs
         self.dumped_s = (_boot_ns() - began) / 1e9
 
     def _look(self, entries: npt.NDArray[Any], listed: npt.NDArray[Any], keys: npt.NDArray[Any],

@@ -112,7 +112,7 @@ class Api:
 
     def page(self, kind: str, parameters: Mapping[str, str | int]) -> Page:
         """One answer to a list. Raises ApiError, or ExpiredError."""
-        with self._asked(kind, parameters, READ_S) as answer:
+        with self._asked(kind, parameters) as answer:
             body = bytearray()
             try:
                 for chunk in answer.iter_bytes():
@@ -131,12 +131,14 @@ class Api:
         """A watch that lasts while the server wants, at most `WATCH_S`. Raises ApiError, or ExpiredError."""
         asked: dict[str, str | int] = {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": WATCH_S}
         asked |= parameters
-        with self._asked(kind, asked, WATCH_S + GRACE_S) as answer:
+        with self._asked(kind, asked) as answer:
+            # It has begun, and may be silent now. (The transport looks here before each read.)
+            answer.request.extensions["timeout"]["read"] = WATCH_S + GRACE_S
             yield Watch(kind, answer)
 
     @contextlib.contextmanager
-    def _asked(self, kind: str, parameters: Mapping[str, str | int], read_s: float) -> Iterator[httpx.Response]:
-        timeout = httpx.Timeout(CONNECT_S, read=read_s)
+    def _asked(self, kind: str, parameters: Mapping[str, str | int]) -> Iterator[httpx.Response]:
+        timeout = httpx.Timeout(CONNECT_S, read=READ_S)
         request = self._client.build_request("GET", PATHS[kind], params=dict(parameters), timeout=timeout)
         try:
             answer = self._client.send(request, stream=True)

@@ -161,6 +161,8 @@ class _Follower(threading.Thread):
             except ApiError as error:
                 pause = self._failed(error)
             except Exception as error:  # noqa: BLE001  a defect must not end the names of this kind for good, in silence
+                if self._stopped.is_set():  # what a connection says whose socket was shut down under it
+                    return
                 _log.exception("the watch of %s failed and begins anew", self._kind)
                 pause = self._failed(ApiError(f"The watch of {self._kind} failed: {error!r}"[:300]))
                 self._version = None
@@ -200,6 +202,8 @@ class _Follower(threading.Thread):
 
     def _follow(self) -> None:
         """What changes, until the watch ends: without an error, to be resumed at once."""
+        if self._stopped.is_set():  # since the list
+            return
         assert self._version is not None
         self.state.watches += 1
         self._progress = False

@@ -162,6 +162,8 @@ class Exporter:
         except TracerError as error:
             if isinstance(error, UnreachableError):
                 raise
+            if not entry.path.exists():
+                return True  # expired meanwhile
             self._say(entry.path, f"not exported: {error}")
             return False
         except OSError as error:

@@ -21,12 +21,15 @@ import hashlib
 import os
 import re
 import stat
+import time
 from pathlib import Path
 
 from tracer.errors import TracerError
 from tracer.schema import SCHEMA_VERSION
 
 HOUR_NS = 3600 * 10**9
+#: Seconds that a lock may be held by one who only looks whether it is.
+_LOOK_S = 1.0
 #: Longest node name used as it is: with everything around it a file name stays below 255 bytes.
 MAX_NODE = 120
 
@@ -152,7 +155,7 @@ class Lock:
                 "with --output, or make this one writable"
             ) from error
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take()
         except OSError as error:
             os.close(self._descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
@@ -164,6 +167,18 @@ class Lock:
                 f"another agent is writing to {root} as node {node!r}; stop it, or give this one another name with "
                 "--node or another directory with --output"
             ) from error
+
+    def _take(self) -> None:
+        """Raises OSError. An exporter that asks whether an agent writes holds the lock for a moment."""
+        deadline = time.monotonic() + _LOOK_S
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.01)
 
     def release(self) -> None:
         """Gives the lock up. The file stays: removing it would let two agents lock two files of one name."""

@@ -8,7 +8,6 @@ The second signal ends the process at once, which loses nothing.
 import contextlib
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,18 +30,19 @@ class Stop:
 
     def __init__(self, grace_s: float, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.grace_s = grace_s
-        self.told = threading.Event()
+        #: No threading.Event: its lock is not to be had in a signal's handler that interrupts a wait for it.
+        self.told = False
         self._until: float | None = None
         self._monotonic = monotonic
 
     def __call__(self) -> bool:
         """Whether no further file is to be begun."""
-        return self.told.is_set() and self.left_s() <= 0
+        return self.told and self.left_s() <= 0
 
     def tell(self) -> None:
         """It is to end."""
         self._until = self._monotonic() + self.grace_s
-        self.told.set()
+        self.told = True
 
     def left_s(self) -> float:
         """Seconds left of the grace time."""
@@ -51,11 +51,11 @@ class Stop:
     def wait(self, seconds: float) -> bool:
         """Waits so long; true if told to stop before."""
         deadline = self._monotonic() + seconds
-        while not self.told.is_set():
+        while not self.told:
             left = deadline - self._monotonic()
             if left <= 0:
                 return False
-            self.told.wait(min(left, _LOOK_S))
+            time.sleep(min(left, _LOOK_S))
         return True
 
 
@@ -86,7 +86,7 @@ def rounds(exporter: Exporter, root: Path, schedule: Schedule, stop: Stop) -> No
         UsageError: there can be no such destination.
     """
     said = ""
-    while not stop.told.is_set():
+    while not stop.told:
         try:
             tell(exporter.run())
             said = ""

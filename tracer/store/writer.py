@@ -92,11 +92,13 @@ class DatasetWriter:
         wall_ns: Callable[[], int] = time.time_ns,
         names: RowNames | None = None,
         disk_budget: int | None = None,
+        lock: layout.Lock | None = None,
     ) -> None:
-        """Locks the directory and removes this node's unpublished files. Raises TracerError if it cannot."""
+        """Locks the directory, unless the caller has its `lock`, which is given up at the end; removes this node's
+        unpublished files. Raises TracerError if it cannot."""
         self.pending_rows = max(1, pending_bytes // RECORD.itemsize)
         self._counters, self._monotonic, self._names = counters, monotonic, names
-        self._lock = layout.Lock(root, run.node)
+        self._lock = lock or layout.Lock(root, run.node)
         try:
             stale = layout.remove_stale(root, run.node)
         except OSError as error:
