@@ -21,6 +21,7 @@ from tracer.cli import main
 from tracer.errors import TracerError
 from tracer.lab.cluster import Cluster
 from tracer.store import reader
+from tracer.store.compact import Chosen, compact
 
 
 def test_the_newest_part_of_a_dataset(tmp_path: Path) -> None:
@@ -88,6 +89,25 @@ def test_a_file_that_is_damaged_further_on_counts_nothing(tmp_path: Path, monkey
     bad.unlink()
     alone = CliRunner().invoke(main, ["top", str(tmp_path), "-n", "1"]).stdout
     assert [line for line in text.splitlines() if "10.244" in line] == alone.splitlines()[2:]
+
+
+def test_files_that_are_compacted_since_they_were_listed_are_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset(tmp_path, rows(400), rows(400))
+    tables, exchanged = reader.tables, list[int]()
+
+    def meanwhile(path: Path, *asked: Any, **more: Any) -> Iterator[pa.Table]:
+        if not exchanged:
+            exchanged.extend(each.files for each in compact(tmp_path, Chosen(), pytest.fail))
+        return tables(path, *asked, **more)
+
+    monkeypatch.setattr(reader, "tables", meanwhile)
+    done = CliRunner().invoke(main, ["top", str(tmp_path), "-n", "1"])
+    assert exchanged == [2]
+    assert done.exit_code == 0, done.output
+    assert "10.244.1.11" in done.stdout
+    assert "Left out" not in done.stdout
 
 
 @pytest.mark.parametrize("table", ["coverage", "endpoints"])

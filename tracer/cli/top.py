@@ -164,6 +164,9 @@ def _from_dataset(screen: _Screen, root: Path, window_s: float, refresh_s: float
                         for rows in parts:
                             window.add(rows)
                 if len(unread.sentences) == len(paths):
+                    known = []
+                    if reader.files(root, "connections", begin, end + 1) != paths:
+                        continue  # they were compacted since they were listed
                     raise TracerError(unread.sentences[0])
                 loads = window.loads(end, _published_endpoints(root, begin, end, unread.note))
             left_out = dict.fromkeys(doubts.sentences + unread.sentences)  # once each
