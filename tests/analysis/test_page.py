@@ -1,5 +1,6 @@
 """The page: everything on it, nothing fetched, and nothing hostile comes alive."""
 
+import dataclasses
 import html.parser
 import re
 from pathlib import Path
@@ -67,6 +68,17 @@ def test_it_says_everything(root: Path, text: str) -> None:
     # Bars of three measures with their fair share, and of failures and latency.
     assert text.count('<b style="left:') == 3 * len(web.backends)
     assert text.count('class="bar fail"') == text.count('class="bar slow"') == len(web.backends)
+
+
+def test_a_backend_that_others_make_busier_is_in_the_headline(root: Path) -> None:
+    found = diagnose.diagnose(root)
+    even = found.findings[1]
+    assert "beyond chance</h1>" in page.render(dataclasses.replace(found, findings=[even]), "x")
+    noted = dataclasses.replace(even, note="But its backend web-1 gets 2.0 times its even share.")
+    text = page.render(dataclasses.replace(found, findings=[noted]), "x")
+    assert "beyond chance, but 1 has a backend that others make busier</h1>" in text
+    text = page.render(dataclasses.replace(found, findings=[noted, noted]), "x")
+    assert "beyond chance, but 2 have backends that others make busier</h1>" in text
 
 
 def test_it_needs_nothing_and_runs_nothing(text: str) -> None:

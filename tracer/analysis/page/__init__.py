@@ -45,6 +45,7 @@ def render(found: Diagnosis, title: str) -> str:
         found=found,
         nodes=len(found.nodes),
         uneven=sum(each.verdict.word == "uneven" for each in found.findings),
+        elsewhere=sum(bool(each.note) for each in found.findings),
         inconclusive=sum(each.verdict.word == "inconclusive" for each in found.findings),
         answers=troubled[:SHOWN],
         more_answers=max(0, len(troubled) - SHOWN),
