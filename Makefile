@@ -13,7 +13,7 @@ VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tracer/version.py)
 PACKAGES := python3-bpfcc python3-venv libbpf1 iproute2 iptables nftables conntrack procps kmod
 
 # Tests that load no program.
-BESIDE := tests/analysis tests/naming tests/store tests/fuzz
+BESIDE := tests/analysis tests/naming tests/store tests/fuzz $(patsubst %,tests/cli/test_%.py,lines name options report)
 
 # A server that speaks Azure's protocol, for the tests of export; from npm, with Debian's node where there is none.
 AZURITE := $(VENV)/azurite
