@@ -284,8 +284,8 @@ def _attend(writer: "DatasetWriter") -> bool:
 
 
 def _untell_ready(path: Path | None) -> None:
-    if path is not None and path.is_file():  # no device
-        with contextlib.suppress(OSError):  # where it cannot be removed it cannot be written, which is said
+    with contextlib.suppress(OSError):  # where it cannot be removed it cannot be written, which is said
+        if path is not None and path.is_file():  # no device
             path.unlink()
 
 

@@ -344,13 +344,20 @@ def _commands(root: Path) -> None:
 
 def _parquet(data: bytes) -> None:
     """A file of any bytes, in the place of each table."""
-    from tracer.store import reader
+    from tracer.store import merge, reader, renamed, retention
+    from tracer.store.inventory import Entry
 
+    path = _file("any.parquet", data)
     with contextlib.suppress(TracerError):
-        reader.metadata(_file("any.parquet", data))
+        reader.metadata(path)
+    with contextlib.suppress(TracerError):
+        merge.origins(path)
+    with contextlib.suppress(TracerError):
+        renamed.write(path, path.with_name("renamed"), "ecs")
+    retention.rows_of(Entry(0, "", "connections", path, "", 0, ""))
     with contextlib.suppress(TracerError):
         for table in schema.TABLES:
-            for batch in reader.batches(_file("any.parquet", data), table):
+            for batch in reader.batches(path, table):
                 batch.validate(full=True)
 
 

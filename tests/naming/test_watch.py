@@ -399,13 +399,13 @@ def test_stop_during_the_list_asks_for_no_watch(server, hear, monkeypatch) -> No
 
 
 def test_a_watch_may_be_silent_but_must_begin(server, hear, monkeypatch) -> None:
-    monkeypatch.setattr(requests, "READ_S", 0.3)
-    server.bookmark_s, over = 1.5, threading.Event()
+    monkeypatch.setattr(requests, "READ_S", 2.0)
+    server.bookmark_s, over = 6.0, threading.Event()
     server.faults["pods", "watch"].append(lambda _: over.wait(20))
     heard = hear(server)
     heard.until(lambda: heard.watches.state()["pods"].errors)
     over.set()
-    heard.until(lambda: heard.watches.state()["pods"].watches == 2)
+    heard.until(lambda: heard.watches.state()["pods"].watches >= 2)
     time.sleep(1.0)
     state = heard.watches.state()["services"]
     assert (state.watches, state.errors) == (1, 0)
@@ -422,7 +422,7 @@ def test_what_a_socket_says_that_is_shut_down_under_a_reader_is_no_defect(server
 
     monkeypatch.setattr(requests.Watch, "lines", aborted)
     server.cut()
-    heard.until(lambda: all(len(server.asked(kind, "watch")) == 2 for kind in KINDS))
+    heard.until(lambda: all(len(server.asked(kind, "watch")) >= 2 for kind in KINDS))
     heard.watches.stop()
     for follower in heard.watches._followers.values():
         follower.join(20)

@@ -20,7 +20,7 @@ from store_world import EPOCH, RUN, Clocks, make_records
 
 from tracer import schema
 from tracer.clock import WallClock
-from tracer.errors import TracerError
+from tracer.errors import TracerError, UsageError
 from tracer.lab.netns import wait_until
 from tracer.store import compact as compaction
 from tracer.store import layout, ledger, locks, merge, reader
@@ -63,7 +63,7 @@ def test_an_hour_becomes_one_sorted_file_with_the_same_rows(tmp_path: Path, monk
     by_id = [("conn_id", "ascending")]
     assert after.sort_by(by_id).to_pylist() == before.sort_by(by_id).to_pylist()
     about = reader.metadata(path)
-    assert merge.origins(about) == {path.name for path in files}
+    assert merge.origins(path) == {path.name for path in files}
     assert about["rows"] == str(len(before))
     assert [each.name for each in (tmp_path / HOUR).iterdir()] == [path.name]
     assert sorted(each.name for each in tmp_path.iterdir()) == [".compact.lock", "connections"]
@@ -77,7 +77,7 @@ def test_late_files_are_merged_in_the_next_time(tmp_path: Path) -> None:
     late = late.rename(late.with_name(late.name.replace(".0.", ".7.")))
     assert [each.rows for each in done(tmp_path)] == [15]
     (path,) = reader.files(tmp_path)
-    assert merge.origins(reader.metadata(path)) >= names | {late.name}
+    assert merge.origins(path) >= names | {late.name}
     assert len(set(ids(tmp_path))) == 15
 
 
@@ -168,15 +168,17 @@ def test_an_exporter_that_begins_during_the_merge_keeps_the_hour_as_it_was(
 ) -> None:
     """It lists what is there; if that were merged afterwards, the destination would have the rows twice."""
     files = dataset(tmp_path, numbered(1, 5), numbered(100, 5))
-    merged, said = compaction._merged, list[str]()
+    merged, merges = compaction._merged, list[Any]()
 
     def meanwhile(*arguments: Any) -> Any:
+        merges.append(arguments)
         with ledger.opened(tmp_path, "somewhere"):
             return merged(*arguments)
 
     monkeypatch.setattr(compaction, "_merged", meanwhile)
-    assert list(compact(tmp_path, Chosen(), lambda error: said.append(str(error)))) == []
-    assert ["is being exported" in each for each in said] == [True]
+    with pytest.raises(UsageError, match="is being exported"):
+        done(tmp_path)
+    assert len(merges) == 1
     assert sorted(reader.files(tmp_path)) == sorted(files)
 
 
@@ -193,7 +195,7 @@ def test_an_exporter_does_not_begin_while_an_hour_is_exchanged(tmp_path: Path, m
 
     monkeypatch.setattr(compaction, "_renameat2", meanwhile)
     assert [each.rows for each in done(tmp_path) if each.table == "connections"] == [10]
-    assert "cannot keep what is exported" in refused[0]
+    assert "is being compacted by another process; try again" in refused[0]
 
 
 def test_who_waits_for_a_directory_that_is_exchanged_gets_the_new_one(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Names for published files, beside others who delete or replace them."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from command_world import dataset, rows
 from tracer.errors import TracerError
 from tracer.naming.fields import address_bytes
 from tracer.store import layout, locks
-from tracer.store.fill import Filled, fill, remove_stale
+from tracer.store.fill import Filled, fill
 from tracer.store.inventory import Inventory
 from tracer.store.names import COLUMNS, Coded
 from tracer.store.parquet import UnpublishedFile
@@ -62,7 +63,7 @@ def test_what_one_that_was_ended_left_goes(tmp_path: Path) -> None:
     left, other = path.with_name(".named-0123456789ab.tmp"), path.with_name(".node-1-0123456789ab-1.tmp")
     left.touch()
     other.touch()
-    remove_stale(tmp_path)
+    layout.remove_half_named(tmp_path)
     assert sorted(each.name for each in path.parent.iterdir()) == sorted([path.name, other.name])
 
 
@@ -71,6 +72,19 @@ def test_a_file_that_expires_while_it_is_named_stays_gone(tmp_path: Path) -> Non
     assert fill(first, shop(first.unlink), address_bytes) == Filled()
     assert fill(first, shop(), address_bytes) == Filled()
     assert list(first.parent.iterdir()) == [second]
+
+
+def test_a_file_that_expires_at_the_last_moment_stays_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = dataset(tmp_path, rows(5))
+    sync = os.fsync
+
+    def and_expire(descriptor: int) -> None:
+        sync(descriptor)
+        path.unlink(missing_ok=True)
+
+    monkeypatch.setattr(os, "fsync", and_expire)
+    assert fill(path, shop(), address_bytes) == Filled()
+    assert list(path.parent.iterdir()) == []
 
 
 def test_a_file_that_was_replaced_while_it_is_named_is_left_alone(tmp_path: Path) -> None:

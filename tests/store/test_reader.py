@@ -10,8 +10,9 @@ from store_world import EPOCH, RUN, make_records
 from tracer import schema
 from tracer.clock import WallClock
 from tracer.errors import NoDataError, TracerError
-from tracer.store import reader
+from tracer.store import merge, reader, renamed, retention
 from tracer.store.dataset import Dataset
+from tracer.store.inventory import entry_of
 
 HOUR = 3600 * 10**9
 
@@ -154,3 +155,19 @@ def test_a_file_that_is_replaced_between_its_footer_and_its_rows_is_read_as_it_w
     assert ids(reader.batches(path)) == expected
     monkeypatch.undo()
     assert len(ids(reader.batches(path))) == 20 * len(expected)
+
+
+def test_metadata_that_is_no_text_or_says_nonsense(root, tmp_path) -> None:
+    path = reader.files(root)[0]
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({b"node": b"n\xff", b"merged_from": b"?"}), path)
+    entry = entry_of(path)
+    assert entry is not None
+    rows, about = retention.rows_of(entry)
+    assert (rows, about["node"]) == (10, "n\ufffd")
+    with pytest.raises(TracerError, match="does not tell what it was merged of"):
+        merge.origins(path)
+    fields = [field.with_metadata({b"ecs": b"\xff"}) for field in table.schema]
+    pq.write_table(table.cast(pa.schema(fields)), path)
+    with pytest.raises(TracerError, match="cannot read"):
+        renamed.write(path, tmp_path / "renamed", "ecs")

@@ -100,8 +100,8 @@ def _listed(kubeconfig: Path | None, timeout: float) -> "Book":
 def _fill(dataset: Path, book: "Book") -> None:
     from tracer.naming.fields import address_bytes
     from tracer.naming.names import Namer
-    from tracer.store import locks, reader
-    from tracer.store.fill import Filled, fill, remove_stale
+    from tracer.store import layout, locks, reader
+    from tracer.store.fill import Filled, fill
 
     namer = Namer(book)
     total = Filled()
@@ -111,7 +111,7 @@ def _fill(dataset: Path, book: "Book") -> None:
 
     reader.files(dataset)  # without any, nothing is made there either
     with locks.replacing(dataset):
-        remove_stale(dataset)
+        layout.remove_half_named(dataset)
         files = reader.files(dataset)
         with click.progressbar(files, label="naming", file=sys.stderr) as progress:
             for path in progress:

@@ -144,11 +144,11 @@ class _Files:
 
     def _is_known(self, path: Path) -> bool:
         """Whether a file has rows that were shown before it was merged. If it has others too, that is said."""
-        from tracer.store import layout, merge, reader
+        from tracer.store import layout, merge
 
         if not layout.is_merged(path.name):
             return False
-        origins = merge.origins(reader.metadata(path))
+        origins = merge.origins(path)
         shown = origins & self._shown
         self._shown |= {path.name, *origins}
         if shown and shown != origins:

@@ -154,19 +154,20 @@ def _from_dataset(screen: _Screen, root: Path, window_s: float, refresh_s: float
             paths = reader.files(root, "connections", begin, end + 1)
             if paths != known:
                 known = paths
-                window, unread = moving.Window(seconds), _Doubts()
+                window, unread, gone = moving.Window(seconds), _Doubts(), False
                 for path in paths:
                     try:
                         parts = list(reader.tables(path, columns=_columns()))  # all of it, or nothing
                     except TracerError as error:
                         unread.note(error)
+                        gone |= not path.exists()
                     else:
                         for rows in parts:
                             window.add(rows)
-                if len(unread.sentences) == len(paths):
+                if gone:  # compacted since they were listed
                     known = []
-                    if reader.files(root, "connections", begin, end + 1) != paths:
-                        continue  # they were compacted since they were listed
+                    continue
+                if len(unread.sentences) == len(paths):
                     raise TracerError(unread.sentences[0])
                 loads = window.loads(end, _published_endpoints(root, begin, end, unread.note))
             left_out = dict.fromkeys(doubts.sentences + unread.sentences)  # once each

@@ -476,7 +476,8 @@ class Capture:
     def _read_socket_error(self) -> None:
         """Counts that the kernel could not allocate an event (ENOBUFS); the next reconciliation makes up for it."""
         with contextlib.suppress(OSError):  # the capture has ended, or ends just now in another thread
-            self.enobufs += self._netlink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+            if self._netlink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.enobufs += 1
 
     # -- translations ------------------------------------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ class Api:
         asked: dict[str, str | int] = {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": WATCH_S}
         asked |= parameters
         with self._asked(kind, asked) as answer:
-            # It has begun, and may be silent now. (The transport looks here before each read.)
+            # It has begun, and may be silent now. (The transport looks here when the body begins.)
             answer.request.extensions["timeout"]["read"] = WATCH_S + GRACE_S
             yield Watch(kind, answer)
 

@@ -75,10 +75,13 @@ def compact(root: Root, chosen: Chosen, failed: Callable[[TracerError], object])
     _check_not_exported(root)
     with locks.replacing(root):
         shutil.rmtree(root / SCRATCH, ignore_errors=True)  # of one that was ended: merged, or not yet
+        layout.remove_half_named(root)
         for directory in Inventory(root).directories():
             if chosen.has(layout.hour_of((*directory.parts, "")), time.time_ns()):
                 try:
                     done = _hour(root, directory, chosen)
+                except UsageError:  # an exporter has begun
+                    raise
                 except TracerError as error:
                     failed(error)
                     continue
@@ -128,7 +131,7 @@ def _merged(paths: list[Path], table: str, building: Path, scratch: Path, node: 
     expected = 0
     for path in paths:
         expected += _rows(path, table)
-        names |= {path.name} | merge.origins(reader.metadata(path))
+        names |= {path.name} | merge.origins(path)
     runs = scratch / "runs"
     runs.mkdir()
     file = UnpublishedFile(building, ".merged.tmp", schema.arrow(table))
@@ -238,7 +241,7 @@ def _object(root: Remote, table: str, hour: int, paths: list[PurePosixPath]) -> 
     name = layout.partition(Path(), table, hour).joinpath(own).as_posix()
     before = RemoteFile(root.filesystem, store.root.base / name)
     try:
-        done = merge.origins(reader.metadata(before)) if before.exists() else set()
+        done = merge.origins(before) if before.exists() else set()
         fresh = [RemoteFile(root.filesystem, path) for path in paths if path.name not in done]
         if not fresh:
             return None

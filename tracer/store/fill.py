@@ -5,7 +5,6 @@ moment: the new one takes its name by a rename.
 """
 
 import dataclasses
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 from tracer import schema
 from tracer.errors import TracerError
 from tracer.record import NAT_NAMES, PROTOCOL_NAMES, RECORD, ROLE_NAMES
-from tracer.store import locks, reader
+from tracer.store import layout, reader
 from tracer.store.inventory import stamp_of
 from tracer.store.names import COLUMNS, Coded, column
 from tracer.store.parquet import UnpublishedFile
@@ -28,9 +27,6 @@ GROUPS = {
     "dst_service": ("dst_namespace", "dst_service_port"),
     "backend_pod": ("backend_workload", "backend_node", "backend_zone"),
 }
-
-#: How the names of unpublished files begin here; another than an agent's, which removes what its own last run left.
-_HIDDEN = ".named-"
 
 Namer = Callable[[np.ndarray, npt.NDArray[np.int64]], Mapping[str, Coded]]
 
@@ -49,12 +45,6 @@ class Filled:
         for name in COLUMNS:
             self.before[name] += other.before[name]
             self.after[name] += other.after[name]
-
-
-def remove_stale(root: Path) -> None:
-    """Removes what was being written by one that was ended. Call with `locks.replacing` held."""
-    for path in root.glob(f"*/v*/date=*/hour=*/{_HIDDEN}*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def fill(path: Path, name: Namer, address_bytes: Callable[[str], bytes | None]) -> Filled:
@@ -93,16 +83,17 @@ def _fill(path: Path, stamp: str, name: Namer, address_bytes: Callable[[str], by
 
 
 def _replace(path: Path, stamp: str, tables: list[pa.Table]) -> None:
+    def unchanged() -> None:
+        if stamp_of(path.lstat()) != stamp:
+            raise TracerError(f"{path} was replaced while its rows were named; name it again")
+
     metadata = reader.metadata(path)
     file = None
     try:
-        file = UnpublishedFile(path.parent, f"{_HIDDEN}{secrets.token_hex(6)}.tmp", tables[0].schema)
+        file = UnpublishedFile(path.parent, layout.half_named(), tables[0].schema)
         for table in tables:
             file.write(table)
-        with locks.steady(path.parent):  # nobody deletes it between this look and the rename
-            if stamp_of(path.lstat()) != stamp:
-                raise TracerError(f"{path} was replaced while its rows were named; name it again")
-            file.publish(path.name, metadata)
+        file.publish(path.name, metadata, unchanged)
     except (OSError, pa.ArrowException, TracerError) as error:
         if file is not None:
             file.discard()

@@ -8,6 +8,7 @@
     <root>/.export/                                                  what was exported, and the exporter's lock
     <root>/<table>/v1/date=YYYY-MM-DD/hour=HH/<node>-<start>-<run>.<n>.parquet
     <root>/<table>/v1/date=YYYY-MM-DD/hour=HH/.<node>-<run>-<n>.tmp  not published yet
+    <root>/connections/v1/date=YYYY-MM-DD/hour=HH/.named-<random>.tmp  will replace a published one
 
 `date` and `hour` are those of the rows' ``ts`` in UTC, `start` is the earliest ``ts`` of the file. Names that begin
 with a dot or an underscore are invisible to readers. Agents of different nodes may share a root.
@@ -20,6 +21,7 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
 import stat
 import time
 from pathlib import Path
@@ -35,6 +37,7 @@ MAX_NODE = 120
 
 _UNPUBLISHED = re.compile(r"\.(?P<node>.+)-[0-9a-f]+-[0-9]+\.tmp")
 _PUBLISHED = re.compile(r"(?P<node>.+)-(?P<start>[0-9]{8}T[0-9]{6}\.[0-9]{6}Z)-(?P<run>[^-]+)\.parquet")
+_HALF_NAMED = ".named-"
 #: What the run in a merged file's name begins with; an agent's is hexadecimal.
 MERGED = "merged"
 
@@ -138,6 +141,18 @@ def remove_stale(root: Path, node: str) -> list[Path]:
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
+
+
+def half_named() -> str:
+    """The name of a file that will replace a published one: none that an agent takes for its last run's."""
+    return f"{_HALF_NAMED}{secrets.token_hex(6)}.tmp"
+
+
+def remove_half_named(root: Path) -> None:
+    """Removes what was to replace published files when that was ended. Call with `locks.replacing` held."""
+    for path in root.glob(f"connections/v*/date=*/hour=*/{_HALF_NAMED}*.tmp"):
+        with contextlib.suppress(OSError):  # said where the next one cannot be written
+            path.unlink()
 
 
 class Lock:

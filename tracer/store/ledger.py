@@ -82,6 +82,8 @@ def opened(root: Path, place: str) -> Iterator[Ledger]:
         try:
             with locks.steady(root):  # not while compaction, which has found no ledger, exchanges an hour
                 database = _database(directory / "ledger.db")
+        except BlockingIOError as error:
+            raise TracerError(f"an hour of {root} is being compacted by another process; try again") from error
         except (sqlite3.Error, OSError) as error:
             raise _refused(root, str(error)) from error
         stack.callback(database.close)

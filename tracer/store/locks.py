@@ -16,13 +16,22 @@ from tracer.store import layout
 
 #: How long a publication waits for another process to exchange a directory, which takes it milliseconds.
 PUBLISH_WAIT_S = 5.0
+#: How often a directory is made that others remove.
+_ATTEMPTS = 10
 
 
 @contextlib.contextmanager
 def publishing(directory: Path) -> Iterator[None]:
     """As `steady`, of a directory that is made if need be. Raises OSError."""
-    layout.make_directory(directory)
-    with steady(directory):
+    with contextlib.ExitStack() as stack:
+        for attempt in reversed(range(_ATTEMPTS)):
+            layout.make_directory(directory)
+            try:
+                stack.enter_context(steady(directory))
+                break
+            except FileNotFoundError:  # retention removes directories in which there is nothing any more
+                if not attempt:
+                    raise
         yield
 
 
@@ -35,12 +44,15 @@ def steady(directory: Path, *, alone: bool = False) -> Iterator[None]:
 
     Raises OSError: there is no such directory; BlockingIOError if the lock is not to be had in `PUBLISH_WAIT_S`.
     """
+    how, deadline = fcntl.LOCK_EX if alone else fcntl.LOCK_SH, time.monotonic() + PUBLISH_WAIT_S
     while True:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with _flocked(descriptor, directory, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, PUBLISH_WAIT_S):
-            if os.path.samestat(os.fstat(descriptor), os.stat(directory)):  # else it was exchanged while this waited
+        with _flocked(descriptor, directory, how, deadline - time.monotonic()):
+            if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
                 yield
                 return
+        if time.monotonic() >= deadline:  # exchanged again and again while this waited
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(directory))
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ def publish(
 
     Raises OSError or ArrowException.
     """
-    end = int(about.get("end", (entry.hour + 1) * layout.HOUR_NS - 1))
+    said, last = about.get("end", ""), (entry.hour + 1) * layout.HOUR_NS - 1
+    end = min(int(said), last) if said.isdecimal() and len(said) < 20 else last
     directory = layout.partition(root, "coverage", entry.hour)
     run = entry.path.name.rpartition("-")[2].removesuffix(".parquet")
     name, files = f"{entry.node}-{entry.start}-{_PREFIX}{run}.parquet", [entry.path.name]

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tracer import schema
+from tracer.errors import TracerError
 from tracer.store import reader
 from tracer.store.parquet import UnpublishedFile
 from tracer.store.roots import File
@@ -30,10 +31,18 @@ GROUP_ROWS = 1 << 16
 _ORIGINS = "merged_from"
 
 
-def origins(metadata: Mapping[str, str]) -> set[str]:
-    """Names of the files that a merged file was made of; none of a file that was not merged."""
-    packed = metadata.get(_ORIGINS)
-    return set(json.loads(zlib.decompress(base64.b64decode(packed)))) if packed else set()
+def origins(path: File) -> set[str]:
+    """Names of the files that a merged file was made of; none of a file that was not merged.
+
+    Raises TracerError: it cannot be read, or does not say so in a way that can be understood.
+    """
+    packed = reader.metadata(path).get(_ORIGINS)
+    try:
+        return set(map(str, json.loads(zlib.decompress(base64.b64decode(packed))))) if packed else set()
+    except (ValueError, TypeError, zlib.error) as error:
+        raise TracerError(
+            f"{path} does not tell what it was merged of ({error}); move the file out of the dataset"
+        ) from error
 
 
 def about(names: Iterable[str]) -> dict[str, str]:

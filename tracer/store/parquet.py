@@ -6,7 +6,7 @@ A file is written under a hidden name in its final directory and appears, whole 
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,8 +68,11 @@ class UnpublishedFile:
         self._writer.write_table(table, row_group_size=max(1, len(table)))
         self.rows += len(table)
 
-    def publish(self, name: str, metadata: Mapping[str, str]) -> Path:
-        """Completes the file and renames it to `name`; returns where it now is."""
+    def publish(self, name: str, metadata: Mapping[str, str], may: Callable[[], object] = lambda: None) -> Path:
+        """Completes the file and renames it to `name`; returns where it now is.
+
+        `may` raises what forbids it: asked at the last moment, while nobody deletes from the directory.
+        """
         self._writer.add_key_value_metadata(dict(metadata))
         self._writer.close()
         self._sink.close()
@@ -77,6 +80,7 @@ class UnpublishedFile:
         self._published_bytes = os.fstat(self._descriptor).st_size
         target = self._path.with_name(name)
         with locks.steady(target.parent):
+            may()
             self._path.rename(target)
         with contextlib.suppress(OSError):
             os.close(self._descriptor)

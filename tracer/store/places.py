@@ -176,7 +176,7 @@ class Directory:
                     return False
                 staged.replace(target)
                 layout.sync_directory(target.parent)
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):
                 staged.unlink()
             raise
@@ -196,9 +196,9 @@ def merged_names(directory: Path) -> set[str]:
     found: set[str] = set()
     for path in directory.iterdir() if directory.is_dir() else ():
         if layout.is_merged(path.name):
-            from tracer.store import merge, reader  # not in a process that never meets one
+            from tracer.store import merge  # not in a process that never meets one
 
-            found |= merge.origins(reader.metadata(path))
+            found |= merge.origins(path)
     return found
 
 

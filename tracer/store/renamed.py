@@ -6,6 +6,7 @@ IPv4 addresses and another for IPv6: such a column becomes two, each null where 
 """
 
 import collections
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -46,16 +47,21 @@ def write(source: Path, target: Path, standard: str) -> None:
         file = pq.ParquetFile(source)
         fields = file.schema_arrow
         metadata = {k: v for k, v in (file.metadata.metadata or {}).items() if k != b"ARROW:schema"}
-    except (OSError, pa.ArrowException) as error:
+        called = names(fields, standard)
+        renamed = pa.schema([part for field in fields for part in _fields(field, called)])
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise TracerError(f"cannot read {source}: {error}; move the file out of the dataset") from error
-    called = names(fields, standard)
-    renamed = pa.schema([part for field in fields for part in _fields(field, called)])
     with file, pa.OSFile(str(target), "wb") as sink:
         writer = pq.ParquetWriter(sink, renamed, compression="zstd", write_statistics=_statistics(called))
-        for group in _groups(file, source):
-            columns = [part for field in fields for part in _columns(group[field.name], called[field.name])]
-            table = pa.Table.from_arrays(columns, schema=renamed)
-            writer.write_table(table, row_group_size=max(1, len(table)))
+        try:
+            for group in _groups(file, source):
+                columns = [part for field in fields for part in _columns(group[field.name], called[field.name])]
+                table = pa.Table.from_arrays(columns, schema=renamed)
+                writer.write_table(table, row_group_size=max(1, len(table)))
+        except BaseException:
+            with contextlib.suppress(OSError, pa.ArrowException):  # here, where its file is still open
+                writer.close()
+            raise
         writer.add_key_value_metadata({**metadata, b"names": standard.encode()})
         writer.close()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from tracer.errors import TracerError
-from tracer.store import layout, locks, losses
+from tracer.store import layout, locks, losses, reader
 from tracer.store.inventory import Entry, stamp_of
 
 _log = logging.getLogger(__name__)
@@ -108,6 +108,9 @@ def _delete(entry: Entry, done: Expired) -> bool:
             entry.path.unlink()
     except FileNotFoundError:
         return True
+    except BlockingIOError:
+        _log.info("%s is not deleted yet: its directory is in use", entry.path)
+        return False
     except OSError as error:
         _log.warning("cannot delete %s: %s; make its directory writable for this process", entry.path, error.strerror)
         return False
@@ -118,14 +121,10 @@ def _delete(entry: Entry, done: Expired) -> bool:
 
 def rows_of(entry: Entry) -> tuple[int, dict[str, str]]:
     """How many rows a file has, and its metadata; none where it cannot be read."""
-    import pyarrow.parquet as pq  # a process that never needs it does without
-
     try:
-        footer = pq.read_metadata(entry.path)
-    except (OSError, pa.ArrowException):
+        return reader.extent(entry.path)[0], reader.metadata(entry.path)
+    except TracerError:
         return 0, {}
-    found = {key.decode(): value.decode() for key, value in (footer.metadata or {}).items() if key != b"ARROW:schema"}
-    return footer.num_rows, found
 
 
 def _note_loss(root: Path, entry: Entry, done: Expired, known: Mapping[Path, bool]) -> None:

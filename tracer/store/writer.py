@@ -94,15 +94,17 @@ class DatasetWriter:
         disk_budget: int | None = None,
         lock: layout.Lock | None = None,
     ) -> None:
-        """Locks the directory, unless the caller has its `lock`, which is given up at the end; removes this node's
-        unpublished files. Raises TracerError if it cannot."""
+        """Locks the directory, unless the caller has its `lock`; removes this node's unpublished files.
+
+        Raises TracerError if it cannot.
+        """
         self.pending_rows = max(1, pending_bytes // RECORD.itemsize)
         self._counters, self._monotonic, self._names = counters, monotonic, names
-        self._lock = lock or layout.Lock(root, run.node)
+        self._lock = layout.Lock(root, run.node) if lock is None else None
         try:
             stale = layout.remove_stale(root, run.node)
         except OSError as error:
-            self._lock.release()
+            self._unlock()
             raise TracerError(f"cannot clear {root}: {error}; make the directory writable") from error
         if stale:
             _log.warning("removed %d unpublished files of an earlier run that did not end well", len(stale))
@@ -186,9 +188,13 @@ class DatasetWriter:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        self._lock.release()
+        self._unlock()
         if self._error is not None:
             raise TracerError(f"the writer stopped: {self._error!r}; this is a defect, please report it")
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _run(self) -> None:
         try:
