@@ -412,17 +412,17 @@ def test_a_watch_may_be_silent_but_must_begin(server, hear, monkeypatch) -> None
 
 
 def test_what_a_socket_says_that_is_shut_down_under_a_reader_is_no_defect(server, hear, monkeypatch, caplog) -> None:
-    heard = hear(server)
-    heard.synced()
-    heard.until(lambda: all(server.asked(kind, "watch") for kind in KINDS))
+    stopped = threading.Event()
 
     def aborted(self: requests.Watch) -> Iterator[bytes]:
-        heard.watches._stopped.wait(20)
+        assert stopped.wait(20)
         raise ValueError("Read on closed or unwrapped SSL socket.")
 
     monkeypatch.setattr(requests.Watch, "lines", aborted)
-    server.cut()
-    heard.until(lambda: all(len(server.asked(kind, "watch")) >= 2 for kind in KINDS))
+    heard = hear(server)
+    heard.until(lambda: all(server.asked(kind, "watch") for kind in KINDS))
+    heard.watches._stopped.set()
+    stopped.set()
     heard.watches.stop()
     for follower in heard.watches._followers.values():
         follower.join(20)
