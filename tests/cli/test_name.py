@@ -144,7 +144,7 @@ def test_what_cannot_be_done_is_a_sentence(tmp_path: Path, config: Path, server:
     broken.write_text("{", encoding="ascii")
     assert str(broken) in sentence(run("name", tmp_path / "data", "--kubeconfig", broken), 2)
     server.faults["pods", "list"].extend(refuse(403) for _ in range(100))
-    refused = run("name", tmp_path / "data", "--kubeconfig", config, "--timeout", "10s")
+    refused = run("name", tmp_path / "data", "--kubeconfig", config, "--timeout", "4s")
     assert "give this account list and watch on pods" in sentence(refused, 1)
     server.stop()
     gone = run("name", tmp_path / "data", "--kubeconfig", config, "--timeout", "1s")
