@@ -370,13 +370,14 @@ def test_stop_does_not_wait_for_a_silent_watch(server, hear) -> None:
         assert not follower.is_alive(), "it waits for the server"
 
 
-def test_stop_while_the_watch_is_being_asked_for(server, hear, monkeypatch) -> None:
+def stop_while_asked(server: KubeApi, hear: Callable[..., Heard], monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    """Stops while every kind waits for the answer to such a request, which comes afterwards."""
     monkeypatch.setattr(watching, "STOP_S", 0.0)
-    server.bookmark_s, stopped = 60, threading.Event()
+    stopped = threading.Event()
     for kind in KINDS:
-        server.faults[kind, "watch"].append(lambda _: stopped.wait(20))
+        server.faults[kind, verb].append(lambda _: stopped.wait(20))
     heard = hear(server)
-    heard.until(lambda: all(server.asked(kind, "watch") for kind in KINDS))
+    heard.until(lambda: all(server.asked(kind, verb) for kind in KINDS))
     heard.watches.stop()
     stopped.set()
     for follower in heard.watches._followers.values():
@@ -384,17 +385,13 @@ def test_stop_while_the_watch_is_being_asked_for(server, hear, monkeypatch) -> N
         assert not follower.is_alive(), "it waits for a server that has nothing to say"
 
 
+def test_stop_while_the_watch_is_being_asked_for(server, hear, monkeypatch) -> None:
+    server.bookmark_s = 60
+    stop_while_asked(server, hear, monkeypatch, "watch")
+
+
 def test_stop_during_the_list_asks_for_no_watch(server, hear, monkeypatch) -> None:
-    monkeypatch.setattr(watching, "STOP_S", 0.0)
-    stopped = threading.Event()
-    for kind in KINDS:
-        server.faults[kind, "list"].append(lambda _: stopped.wait(20))
-    heard = hear(server)
-    heard.until(lambda: all(server.asked(kind, "list") for kind in KINDS))
-    heard.watches.stop()
-    stopped.set()
-    for follower in heard.watches._followers.values():
-        follower.join(20)
+    stop_while_asked(server, hear, monkeypatch, "list")
     assert not [kind for kind in KINDS if server.asked(kind, "watch")]
 
 
