@@ -20,7 +20,7 @@ AZURITE := $(VENV)/azurite
 AZURITE_VERSION := 3.35.0
 
 .PHONY: setup azurite demo test scenarios test-slow fuzz endurance test-kernels test-kernels-short vm-packages lint format docs alerts \
-	bench
+	bench bench-parts bench-packages
 .PHONY: image test-image image-packages
 
 # A stamp, so that the packages are looked at once: remove .venv to do it again.
@@ -125,18 +125,20 @@ docs: setup
 	  echo 'metadata: {name: vip-tracer, namespace: vip-tracer, labels: {app.kubernetes.io/name: vip-tracer}}'; \
 	  echo 'spec:'; sed -n '/^groups:/,$$s/^/  /p' deploy/alerts/rules.yaml; } > deploy/alerts/prometheusrule.yaml
 
-# QUICK=1: three minutes, and not worth more than that.
-bench: setup
-	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(BENCH_PACKAGES); }
-	$(BIN)/python -m tests.bench.rate $(if $(QUICK),--pairs 2 --seconds 1 --sustained 10)
-	$(BIN)/python -m tests.bench.captures $(if $(QUICK),--pairs 2 --seconds 0.5)
-	$(BIN)/python -m tests.bench.peers $(if $(QUICK),--pairs 2 --seconds 1)
+# An hour; QUICK=1: five minutes, and not worth more than that.
+bench: setup bench-packages
+	$(BIN)/python -m tests.bench.side_by_side $(if $(QUICK),--pairs 1 --seconds 0.5 --sustained 10 --rounds 1)
+
+# Parts by themselves, and what only the tracer has.
+bench-parts: setup bench-packages
+	-$(BIN)/python -m tests.bench.captures
 	$(BIN)/python -m tests.bench.ring_to_parquet
-	$(BIN)/python -m tests.bench.kernel_cost
-	$(BIN)/python -m tests.bench.kernel_cost --states
 	$(BIN)/python -m tests.bench.node_process
 	$(BIN)/python -m tests.bench.scale
 	$(BIN)/python -m tests.bench.report --files 40
 	$(BIN)/python -m tests.bench.storm
 	$(BIN)/python -m tests.bench.compaction
+
+bench-packages:
+	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || { apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(BENCH_PACKAGES); }

@@ -42,14 +42,10 @@ static __always_inline bool excluded_destination(const struct address *dst)
 /* Unique for this agent run, and in practice across runs: run (16 bits), CPU (12), sequence (36). A program may be
  * interrupted by another on its CPU between any two lines; a round in which the slot moved by more than its own step
  * is given up, so a value is only ever taken by the round that made it. */
-static __always_inline __u64 next_conn_id(void)
+static __always_inline __u64 conn_id_of(struct tally *mine)
 {
-	struct tally *mine = tally();
-	__u64 before = 0, after = 0, *sequence;
+	__u64 before = 0, after = 0, *sequence = &mine->sequence;
 
-	if (!mine)
-		return 0; /* cannot be: the array has that slot */
-	sequence = &mine->sequence;
 	NO_UNROLL
 	for (int round = 0; round < 4; round++) {
 		before = *(volatile __u64 *)sequence;
@@ -61,15 +57,20 @@ static __always_inline __u64 next_conn_id(void)
 	return RUN_ID << 48 | (__u64)(bpf_get_smp_processor_id() & 0xfff) << 36 | (after & ((1ULL << 36) - 1));
 }
 
-/* The node's translation of a tuple: zone 0 first, else another zone if exactly one matches; `key->zone` says which. */
-static __always_inline struct translation *find_translation(struct tuple *key)
+static __always_inline __u64 next_conn_id(void)
 {
-	struct translation *found = bpf_map_lookup_elem_(TRANSLATIONS, key);
+	struct tally *mine = tally();
+
+	return mine ? conn_id_of(mine) : 0; /* it cannot be missing: the array has that slot */
+}
+
+/* The translation of a tuple in another zone than 0, if exactly one matches; `key->zone` says which. */
+static __always_inline struct translation *find_in_zones(struct tuple *key)
+{
+	struct translation *found = NULL;
 	__u16 zone_found = 0;
 	int matches = 0;
 
-	if (likely(found))
-		return found;
 	NO_UNROLL
 	for (__u32 i = 0; i < ZONES; i++) {
 		__u32 slot = i, *zone = bpf_map_lookup_elem_(ZONES_SEEN, &slot);
@@ -91,6 +92,14 @@ static __always_inline struct translation *find_translation(struct tuple *key)
 		return NULL;
 	}
 	return found;
+}
+
+/* The node's translation of a tuple: zone 0 first, else another. */
+static __always_inline struct translation *find_translation(struct tuple *key)
+{
+	struct translation *found = bpf_map_lookup_elem_(TRANSLATIONS, key);
+
+	return found ? found : find_in_zones(key);
 }
 
 /* The connection with that id, if its socket is still open. */
@@ -168,6 +177,11 @@ static __always_inline void join_server(struct row *row)
 	}
 }
 
+static __always_inline bool is_server(const struct row *row)
+{
+	return ROLES & 1 << ROLE_SERVER && row->role == ROLE_SERVER;
+}
+
 /* Fills the row's translation, if it is known. Asked once the connection stands and, if that found nothing,
  * again at each row. */
 static __always_inline void join(const void *sk, struct connection *connection, bool again)
@@ -176,58 +190,79 @@ static __always_inline void join(const void *sk, struct connection *connection, 
 	struct translation *translation;
 	struct tuple key;
 
-	if (row->role == ROLE_SERVER) {
+	if (is_server(row)) {
 		join_server(row);
 		return;
 	}
 	/* What another namespace sends to itself never leaves it; the node's own may carry the same tuple. */
 	if (row->netns != NODE_NETNS &&
-	    (is_loopback(&row->tuple.src) || same_address(&row->tuple.src, &row->tuple.dst))) {
-		if (connection->row.dialled == DIALLED_PEER && !is_hooked(sk, &row->tuple))
-			not_rewritten(row);
-		return;
-	}
+	    (is_loopback(&row->tuple.src) || same_address(&row->tuple.src, &row->tuple.dst)))
+		goto inside;
 	key_of(connection, &key);
-	translation = find_translation(&key);
-	if (translation && claimed_by_another(translation, row, again)) {
-		count(COUNT_AMBIGUOUS);
-		translation = NULL;
-	} else if (translation && is_left_over(sk, row, translation)) {
-		translation = NULL;
-	} else if (translation) {
-		translation->conn_id = row->conn_id;
-		translation->socket = (__u64)sk;
-	} else if (bridged(&key) && connection->row.dialled == DIALLED_PEER && !is_hooked(sk, &key)) {
-		not_rewritten(row);
-		return;
-	}
-	if (connection->row.dialled == DIALLED_ANOTHER) {
-		row->nat = NAT_DNAT;
-		row->nat_source = SOURCE_SOCKET;
-		row->backend = connection->peer;
-		row->backend_port = connection->row.peer_port;
-	}
+	translation = bpf_map_lookup_elem_(TRANSLATIONS, &key);
 	if (!translation)
-		return; /* unknown unless the socket told, and the row says so: no loss */
-	/* What connect() was told may be something else than what conntrack saw. */
-	if (connection->row.dialled == DIALLED_UNKNOWN && !(translation->nat & NAT_DNAT))
-		goto out;
+		goto in_no_zone_0;
+found:
+	if (translation->conn_id)
+		goto claimed;
+claim:
+	translation->conn_id = row->conn_id;
+	translation->socket = (__u64)sk;
+	if (row->dialled != DIALLED_PEER)
+		goto not_the_peer;
+	row->nat = translation->nat;
+	row->nat_source = translation->source;
+take:
 	row->backend = translation->backend;
 	row->backend_port = translation->backend_port;
 	row->snat = translation->snat;
 	row->snat_port = translation->snat_port;
 	row->ct_id = translation->ct_id;
 	row->ct_zone = translation->zone;
-	if (connection->row.dialled == DIALLED_ANOTHER) {
-		row->nat |= translation->nat & NAT_SNAT;
-	} else {
-		row->nat = translation->nat;
-		row->nat_source = translation->source;
-	}
 out:
-	/* Where this has no row that says whose it was, the claim does (tracer/kernel/flows.py), until a dump. */
-	if (translation->ended && ROLES & 1 << ROLE_CLIENT)
-		bpf_map_delete_elem_(TRANSLATIONS, &key);
+	if (translation->ended)
+		row->keeps = 1;
+	return;
+
+claimed:
+	if (claimed_by_another(translation, row, again)) {
+		count(COUNT_AMBIGUOUS);
+		goto unknown;
+	}
+	if (is_left_over(sk, row, translation))
+		goto unknown;
+	goto claim;
+not_the_peer:
+	if (row->dialled == DIALLED_ANOTHER) {
+		row->nat = NAT_DNAT | (translation->nat & NAT_SNAT);
+		row->nat_source = SOURCE_SOCKET;
+		goto take;
+	}
+	/* What connect() was told may be something else than what conntrack saw. */
+	if (!(translation->nat & NAT_DNAT))
+		goto out;
+	row->nat = translation->nat;
+	row->nat_source = translation->source;
+	goto take;
+in_no_zone_0:
+	translation = find_in_zones(&key);
+	if (translation)
+		goto found;
+	if (!bridged(&key) || row->dialled != DIALLED_PEER || is_hooked(sk, &key))
+		goto unknown;
+	not_rewritten(row);
+	return;
+inside:
+	if (row->dialled == DIALLED_PEER && !is_hooked(sk, &row->tuple))
+		not_rewritten(row);
+	return;
+unknown: /* unless the socket told, and the row says so: no loss */
+	if (row->dialled == DIALLED_ANOTHER) {
+		row->nat = NAT_DNAT;
+		row->nat_source = SOURCE_SOCKET;
+		row->backend = connection->peer;
+		row->backend_port = row->peer_port;
+	}
 }
 
 /* Turns a socket's own view into its client's. */
@@ -267,7 +302,7 @@ static __always_inline bool describe(const void *sk, struct row *row, enum role 
 static __always_inline bool is_entry_of(const void *socket, const void *sk, const struct connection *connection)
 {
 	const struct tuple *tuple = &connection->row.tuple;
-	bool server = connection->row.role == ROLE_SERVER;
+	bool server = is_server(&connection->row);
 	__u16 port;
 
 	READ(port, socket, OFFSET_sock_common__skc_dport);
@@ -312,12 +347,12 @@ static __always_inline void learn_dial(struct connection *connection)
 	row->tuple.dst_port = dial->port;
 }
 
-static __always_inline void describe_process(struct row *row)
+static __always_inline void set_process(struct row *row, const struct process *process)
 {
 	row->flags |= FLAG_PROCESS;
-	row->pid = bpf_get_current_pid_tgid() >> 32;
-	row->cgroup_id = bpf_get_current_cgroup_id();
-	bpf_get_current_comm(row->comm, sizeof(row->comm));
+	row->pid = process->pid;
+	row->cgroup_id = process->cgroup_id;
+	__builtin_memcpy(row->comm, process->comm, sizeof(row->comm));
 }
 
 static __always_inline long insert(const void *sk, struct connection *connection)
@@ -354,7 +389,7 @@ static __always_inline bool is_crowded_out(__u64 *key)
 static __always_inline void forget_crowded_out(__u64 *key)
 {
 	if (control(CONTROL_CROWDED))
-		bpf_map_delete_elem_(ROOMLESS, key);
+		DELETE(ROOMLESS, key);
 }
 
 /* CLOSE -> SYN_SENT, in the context of the caller of connect(). */
@@ -363,9 +398,11 @@ static __always_inline void connection_begins(const void *socket)
 	const void *sk = tcp_socket(socket);
 	struct connection connection = {};
 	struct row *row = &connection.row;
+	struct tally *mine = tally();
+	struct process process;
 	__u32 sent_before;
 
-	if (!sk || !describe(socket, row, ROLE_CLIENT))
+	if (!sk || !mine || !describe(socket, row, ROLE_CLIENT))
 		return; /* filtered by option: not offered */
 	if (control(CONTROL_PAUSE)) {
 		count(COUNT_AFTER_PAUSE);
@@ -374,16 +411,17 @@ static __always_inline void connection_begins(const void *socket)
 	learn_dial(&connection);
 	if (excluded_destination(&row->tuple.dst))
 		return;
-	count(COUNT_OPENED);
+	count_in(mine, COUNT_OPENED);
 	if (row->dialled == DIALLED_UNKNOWN)
-		count(COUNT_UNDIALLED);
-	row->conn_id = next_conn_id();
+		count_in(mine, COUNT_UNDIALLED);
+	row->conn_id = conn_id_of(mine);
 	row->started = row->ts = bpf_ktime_get_boot_ns();
 	row->flags |= FLAG_OPENED | FLAG_COUNTED;
-	describe_process(row);
+	read_process(&process);
+	set_process(row, &process);
 	/* A socket that failed to connect may try again, and goes on counting. */
 	READ(sent_before, sk, OFFSET_tcp_sock__segs_out);
-	if (unlikely(sent_before))
+	if (sent_before)
 		read_totals(sk, &connection.reported);
 	if (insert(sk, &connection))
 		crowd_out(sk);
@@ -447,7 +485,7 @@ static __always_inline bool excluded_loopback(const struct row *row)
 /* Whether an option leaves a row out: a role not asked for, or --only-virtual and known to be no virtual address. */
 static __always_inline bool unwanted(const struct row *row)
 {
-	if (!(ROLES & 1 << row->role))
+	if (!(ROLES & 1 << (is_server(row) ? ROLE_SERVER : ROLE_CLIENT)))
 		return true;
 	return ONLY_VIRTUAL && row->nat != NAT_UNKNOWN && !(row->nat & NAT_DNAT);
 }
@@ -489,7 +527,7 @@ static __always_inline bool emit(const void *sk, struct connection *connection, 
 	struct reported totals = {}, *reported = &connection->reported;
 	struct row *row = &connection->row;
 	struct record *record;
-	bool server = row->role == ROLE_SERVER;
+	bool server = is_server(row);
 	__u64 sent, received;
 	__u32 rtt, packets_sent, packets_received;
 
@@ -569,7 +607,7 @@ static __always_inline void let_go(const struct connection *connection)
 	tuple.zone = connection->row.ct_zone;
 	translation = bpf_map_lookup_elem_(TRANSLATIONS, &tuple);
 	if (translation && translation->ended && translation->conn_id == connection->row.conn_id)
-		bpf_map_delete_elem_(TRANSLATIONS, &tuple);
+		DELETE(TRANSLATIONS, &tuple);
 }
 
 /* The last row, and the end of the entry. The socket's counters are still there. */
@@ -577,18 +615,34 @@ static __always_inline void finish(const void *socket, const void *sk, __u64 *ke
 {
 	struct row *row = &connection->row;
 
-	if (excluded_loopback(row) || unwanted(row)) {
-		count(COUNT_EXCLUDED);
-	} else if (emit(sk, connection, bpf_ktime_get_boot_ns(), how_it_ended(socket, row), FLAG_CLOSED)) {
-		count(COUNT_CLOSED);
-		if (row->nat == NAT_UNKNOWN)
-			count(COUNT_UNRESOLVED);
-	} else {
-		count(COUNT_LOST_RING);
-	}
-	if (connection->row.keeps)
-		let_go(connection);
-	bpf_map_delete_elem_(CONNECTIONS, key);
+	if (excluded_loopback(row) || unwanted(row))
+		goto excluded;
+	if (!emit(sk, connection, bpf_ktime_get_boot_ns(), how_it_ended(socket, row), FLAG_CLOSED))
+		goto lost;
+	count(COUNT_CLOSED);
+	if (row->nat == NAT_UNKNOWN)
+		goto unresolved;
+told:
+	if (row->keeps)
+		goto keeps;
+forget:
+	DELETE(CONNECTIONS, key);
+	return;
+
+unresolved:
+	count(COUNT_UNRESOLVED);
+	goto told;
+lost:
+	count(COUNT_LOST_RING);
+	goto untold;
+excluded:
+	count(COUNT_EXCLUDED);
+untold: /* Of a refusal the claim says in the row's place whose it was (tracer/kernel/flows.py), until a dump. */
+	if (!row->keeps || !(row->flags & FLAG_ESTABLISHED))
+		goto forget;
+keeps:
+	let_go(connection);
+	goto forget;
 }
 
 /* The entry is of an earlier socket at this address, whose end was missed. */
@@ -597,13 +651,13 @@ static __always_inline void end_was_missed(__u64 *key, const struct connection *
 	count(COUNT_LOST_END);
 	if (connection->row.keeps)
 		let_go(connection);
-	bpf_map_delete_elem_(CONNECTIONS, key);
+	DELETE(CONNECTIONS, key);
 }
 
 /* SYN_SENT -> ESTABLISHED: the source port is known now, and conntrack confirmed the entry before the SYN left. And
  * -> CLOSE, in any context. One function for both, so that the program holds the join once: what it costs is, for the
  * most part, fetching it into the cache. The type of `socket` becomes known only where it is needed. */
-static __always_inline void connection_moves(const void *socket, int old_state, bool ends)
+static __always_inline void connection_moves(const void *socket, __u64 old_state, bool ends)
 {
 	__u64 key = (__u64)socket;
 	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
@@ -611,47 +665,57 @@ static __always_inline void connection_moves(const void *socket, int old_state, 
 	const void *sk;
 	__u16 port;
 
-	if (!connection && old_state != BPF_TCP_SYN_SENT) {
-		forget_crowded_out(&key);
-		return; /* an accepted socket, not traced, or counted as lost when it began */
-	}
+	if (!connection && old_state != BPF_TCP_SYN_SENT && !control(CONTROL_CROWDED))
+		LEAVE(0); /* an accepted socket, or not traced */
 	sk = tcp_socket(socket);
 	if (!sk)
 		return; /* no TCP socket: not offered */
-	if (unlikely(!connection))
-		connection = connection_began(sk, &key);
-	if (unlikely(!connection)) {
-		if (ends)
-			forget_crowded_out(&key);
-		return; /* not traced, or counted as lost when it began */
-	}
+	if (!connection)
+		goto unknown;
+known:
 	row = &connection->row;
 	if (ends) {
-		if (unlikely(!is_entry_of(socket, sk, connection))) {
-			end_was_missed(&key, connection);
-			return;
-		}
+		if (!is_entry_of(socket, sk, connection))
+			goto missed;
 		learn_port(sk, row);
 		/* Said here too: a simultaneous open skips SYN_SENT -> ESTABLISHED. */
 		if (old_state != BPF_TCP_SYN_SENT && old_state != BPF_TCP_SYN_RECV)
 			row->flags |= FLAG_ESTABLISHED;
-	} else {
-		READ(port, socket, OFFSET_sock_common__skc_num);
-		row->tuple.src_port = bpf_htons(port);
-		row->flags |= FLAG_ESTABLISHED;
-		if (row->started) {
-			row->connect_latency_us = (bpf_ktime_get_boot_ns() - row->started) / 1000;
-			row->flags |= FLAG_LATENCY;
-		}
-	}
-	if (!ends || needs_join(row))
-		join(sk, connection, ends);
-	if (ends) {
+		if (needs_join(row))
+			goto joins;
+	last:
 		finish(socket, sk, &key, connection);
-	} else if (excluded_loopback(row)) {
-		bpf_map_delete_elem_(CONNECTIONS, &key);
+		return;
+	}
+	READ(port, socket, OFFSET_sock_common__skc_num);
+	row->tuple.src_port = bpf_htons(port);
+	row->flags |= FLAG_ESTABLISHED;
+	if (row->started) {
+		row->connect_latency_us = (bpf_ktime_get_boot_ns() - row->started) / 1000;
+		row->flags |= FLAG_LATENCY;
+	}
+joins:
+	join(sk, connection, ends);
+	if (ends)
+		goto last;
+	if (excluded_loopback(row)) {
+		DELETE(CONNECTIONS, &key);
 		count(COUNT_EXCLUDED);
 	}
+	return;
+
+missed:
+	end_was_missed(&key, connection);
+	return;
+unknown:
+	if (old_state == BPF_TCP_SYN_SENT) {
+		connection = connection_began(sk, &key);
+		if (connection)
+			goto known;
+		if (!ends)
+			return; /* not traced, or counted as lost when it began */
+	}
+	forget_crowded_out(&key);
 }
 
 /* Whether nobody has seen this socket begin. If it was not taken in while the tracer stops, or for want of room, that
@@ -686,9 +750,11 @@ static __always_inline void socket_vanishes(const void *socket)
 	const void *sk;
 	__u32 rtt;
 
-	if (!connection) {
+	if (!connection) { /* as it should be: no loss */
+		if (!control(CONTROL_CROWDED))
+			LEAVE(0);
 		forget_crowded_out(&key);
-		return; /* as it should be: no loss */
+		return;
 	}
 	sk = tcp_socket(socket);
 	if (!sk)

@@ -212,6 +212,8 @@ static __always_inline void entry_begins(const struct tuple *tuple, struct trans
 	if (!bpf_map_update_elem_(TRANSLATIONS, tuple, translation, BPF_NOEXIST))
 		return;
 	earlier = bpf_map_lookup_elem_(TRANSLATIONS, tuple);
+	if (earlier && earlier->ended == ENDED_UNTOLD && !earlier->conn_id)
+		lose_flow();
 	if (earlier && earlier->conn_id > CLAIM_OVER && open_connection(earlier->socket, earlier->conn_id)) {
 		translation->conn_id = earlier->conn_id;
 		translation->socket = earlier->socket;
@@ -229,29 +231,33 @@ static __always_inline void entry_ends(struct __sk_buff *skb, __u32 offset, cons
 	bool raced = false;
 
 	count(COUNT_CONNTRACK_DESTROY);
-	if (unlikely(!known || known->ct_id != ended->ct_id)) {
-		/* The entry was replaced, and this is the end of the old one; or it was never known. */
-		if (tuple->protocol == IPPROTO_TCP) {
-			count(COUNT_STALE_DESTROY);
-			return;
-		}
-		ended->created = known ? known->created : 0;
-		ended->nat = nat_of(tuple, ended);
-		ended->source = SOURCE_CONNTRACK;
-		known = ended;
-		raced = true;
-	}
-	if (known->conn_id <= CLAIM_OVER) {
-		flow_ends(skb, offset, tuple, known, raced);
+	if (!known || known->ct_id != ended->ct_id)
+		goto stale;
+	if (known->conn_id <= CLAIM_OVER)
+		goto flow;
+	connection = open_connection(known->socket, known->conn_id);
+	if (connection)
+		goto open;
+	DELETE(TRANSLATIONS, tuple);
+	return;
+
+open:
+	known->ended = ENDED;
+	connection->row.keeps = 1;
+	count(COUNT_KEPT);
+	return;
+stale: /* The entry was replaced, and this is the end of the old one; or it was never known. */
+	if (tuple->protocol == IPPROTO_TCP) {
+		count(COUNT_STALE_DESTROY);
 		return;
 	}
-	connection = open_connection(known->socket, known->conn_id);
-	if (connection) {
-		known->ended = connection->row.keeps = 1;
-		count(COUNT_KEPT);
-	} else {
-		bpf_map_delete_elem_(TRANSLATIONS, tuple);
-	}
+	ended->created = known ? known->created : 0;
+	ended->nat = nat_of(tuple, ended);
+	ended->source = SOURCE_CONNTRACK;
+	known = ended;
+	raced = true;
+flow:
+	flow_ends(skb, offset, tuple, known, raced);
 }
 
 static __always_inline void conntrack_event(struct __sk_buff *skb)

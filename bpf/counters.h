@@ -8,6 +8,8 @@
  *       = closed + lost_ring + lost_connection_map + lost_end + excluded + (still open)
  * entries that only conntrack tells of, when they end (flow.h):
  *   flows = rows of closed flows + lost_flow_ring + withdrawn + (provisional)
+ * A provisional row that found the ring full is in none of them until user space or the next entry of its tuple knows
+ * that no socket has claimed its entry (ENDED_UNTOLD).
  */
 #ifndef TRACER_COUNTERS_H
 #define TRACER_COUNTERS_H

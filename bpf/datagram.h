@@ -11,9 +11,12 @@
 
 static __always_inline void describe_owner(struct owner *owner)
 {
-	owner->pid = bpf_get_current_pid_tgid() >> 32;
-	owner->cgroup_id = bpf_get_current_cgroup_id();
-	bpf_get_current_comm(owner->comm, sizeof(owner->comm));
+	struct process process;
+
+	read_process_probed(&process);
+	owner->pid = process.pid;
+	owner->cgroup_id = process.cgroup_id;
+	__builtin_memcpy(owner->comm, process.comm, sizeof(owner->comm));
 }
 
 /* Whether a UDP socket with this tuple can be the one that a translation of the node is for. */
@@ -38,7 +41,7 @@ static __always_inline void claim_datagrams(const struct tuple *tuple, __u32 net
 		translation->conn_id = CLAIM_DATAGRAM;
 	} else if (!expected) {
 		if (known && released)
-			bpf_map_delete_elem_(OWNERS, tuple);
+			DELETE(OWNERS, tuple);
 		return;
 	}
 	if (known && !stale) {

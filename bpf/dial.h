@@ -97,6 +97,7 @@ static __always_inline void dial_begins(const struct syscall_enter *context)
 static __always_inline void dial_failed(const struct dial *dial, int error)
 {
 	const void *sk = (const void *)dial->sk;
+	struct process process;
 	struct record *record;
 	struct row row = {};
 
@@ -123,7 +124,8 @@ static __always_inline void dial_failed(const struct dial *dial, int error)
 	row.started = dial->began;
 	row.role = ROLE_CLIENT;
 	row.flags = FLAG_OPENED | FLAG_CLOSED | FLAG_COUNTED | (is_v4(&row.tuple.dst) ? FLAG_IPV4 : 0);
-	describe_process(&row);
+	read_process_probed(&process);
+	set_process(&row, &process);
 	__builtin_memset(record, 0, sizeof(*record));
 	write_row(record, &row);
 	record->ts = bpf_ktime_get_boot_ns();
@@ -171,7 +173,7 @@ static __always_inline void dial_ends(const struct syscall_exit *context)
 	    (error == ENETUNREACH || error == EHOSTUNREACH || error == EACCES || error == EPERM || error == ENETDOWN ||
 	     error == ENOBUFS || error == EADDRNOTAVAIL))
 		dial_failed(dial, error);
-	bpf_map_delete_elem_(DIALS, &thread);
+	DELETE(DIALS, &thread);
 }
 
 #endif

@@ -118,15 +118,14 @@ static __always_inline __u16 flow_result(const struct entry_end *end)
 	return end->status & IPS_SEEN_REPLY ? RESULT_OPEN : ECONNREFUSED;
 }
 
-static __always_inline void emit_flow(const struct tuple *tuple, const struct translation *translation,
+/* False if the ring is full. */
+static __always_inline bool emit_flow(const struct tuple *tuple, const struct translation *translation,
 				      const struct owner *owner, const struct entry_end *end, __u8 flags)
 {
 	struct record *record = bpf_ringbuf_reserve(RECORDS, sizeof(*record), 0);
 
-	if (!record) {
-		count(COUNT_LOST_FLOW_RING);
-		return;
-	}
+	if (!record)
+		return false;
 	__builtin_memset(record, 0, sizeof(*record));
 	record->tuple = *tuple;
 	record->tuple.zone = 0;
@@ -177,6 +176,14 @@ static __always_inline void emit_flow(const struct tuple *tuple, const struct tr
 		}
 	}
 	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
+	return true;
+}
+
+/* A flow has ended, and there was no room for its row. */
+static __always_inline void lose_flow(void)
+{
+	count(COUNT_FLOWS);
+	count(COUNT_LOST_FLOW_RING);
 }
 
 /* An entry is gone that no TCP socket has claimed. `offset` is where the attributes behind the tuples begin.
@@ -213,7 +220,7 @@ static __always_inline void flow_ends(struct __sk_buff *skb, __u32 offset, const
 	}
 	if (tuple->protocol == IPPROTO_TCP && !(end.status & IPS_ASSURED) &&
 	    bpf_ktime_get_boot_ns() - translation->created < KEEP_NS) {
-		translation->ended = 1;
+		translation->ended = ENDED;
 		count(COUNT_KEPT);
 		flags = FLAG_PROVISIONAL;
 	}
@@ -223,17 +230,20 @@ static __always_inline void flow_ends(struct __sk_buff *skb, __u32 offset, const
 	} else if (!(ROLES & 1 << (owner ? ROLE_CLIENT : ROLE_FORWARDED)) || (ONLY_VIRTUAL && !(nat & NAT_DNAT)) ||
 		   excluded_destination(owner && owner->rewritten ? &owner->dialled : &tuple->dst)) {
 		/* left out by option: not offered */
-	} else {
+	} else if (emit_flow(tuple, translation, owner, &end, flags)) {
 		count(COUNT_FLOWS);
-		emit_flow(tuple, translation, owner, &end, flags);
+	} else if (flags) {
+		translation->ended = ENDED_UNTOLD;
+	} else {
+		lose_flow();
 	}
 	if (raced || flags)
 		return; /* its socket, or user space, removes it */
 	if (owner && owner->released)
-		bpf_map_delete_elem_(OWNERS, &key);
+		DELETE(OWNERS, &key);
 out:
 	if (!raced)
-		bpf_map_delete_elem_(TRANSLATIONS, tuple);
+		DELETE(TRANSLATIONS, tuple);
 }
 
 #endif

@@ -76,12 +76,18 @@ struct translation {
 	__u64 conn_id; /* the connection that claimed it last; 0: no socket of this kernel has; or enum claim */
 	__u64 socket;  /* that connection's socket, to ask whether it is still open */
 	__u64 created; /* CLOCK_BOOTTIME ns: when the entry was inserted here */
-	__u8 ended;    /* conntrack has dropped the entry: removed by its socket */
+	__u8 ended;    /* enum ended */
 	__u8 reserved[3];
 	__u16 backend_port;
 	__u16 snat_port;
 	struct address backend; /* reply source: where the connection really goes */
 	struct address snat;	/* reply destination: as whom it goes there */
+};
+
+/* Whether conntrack has dropped the entry, and the translation is kept for a socket, which removes it. */
+enum ended {
+	ENDED = 1,
+	ENDED_UNTOLD, /* and its provisional row found the ring full: a loss, unless a socket claims it (flow.h) */
 };
 
 /* Claims that are no connection's id: those have a run id in their upper bits. */
@@ -229,13 +235,18 @@ static __always_inline struct tally *tally(void)
 	return bpf_map_lookup_elem_(TALLIES, &slot);
 }
 
+static __always_inline void count_in(struct tally *mine, __u32 which)
+{
+	/* Atomic although per-CPU: a softirq may interrupt a program in process context and count as well. */
+	__sync_fetch_and_add(&mine->counters[which], 1);
+}
+
 static __always_inline void count(__u32 which)
 {
 	struct tally *mine = tally();
 
-	/* Atomic although per-CPU: a softirq may interrupt a program in process context and count as well. */
 	if (mine)
-		__sync_fetch_and_add(&mine->counters[which], 1);
+		count_in(mine, which);
 }
 
 static __always_inline __u64 control(__u32 which)

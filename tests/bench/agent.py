@@ -6,73 +6,58 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.bench.proc import cpu_seconds, memory
 from tests.bench.rig import Rig
 
-_ROTATE_S = 2.0
-
-
-def status(pid: int, field: str) -> int:
-    """A memory field of /proc/PID/status in bytes."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
-def cpu_seconds(pid: int) -> tuple[float, float]:
-    """User and system time of a process and of its children that ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    tick = os.sysconf("SC_CLK_TCK")
-    user, system, user_below, system_below = (int(fields[place]) / tick for place in (11, 12, 13, 14))
-    return user + user_below, system + system_below
+_ROTATE_S, _STARTS_S = 2.0, 60
+_COLUMNS = ("role", "closed", "src_ip", "src_port", "dst_port", "backend_ip", "pid")
 
 
 @dataclass(frozen=True)
 class Written:
-    """What the agent left: rows of connections that ended, by role; bytes of its files; what it says that it lost."""
+    """What the agent left: the rows of its connections, of some columns; bytes of all its files; what it says it lost,
+    by stage."""
 
-    rows: dict[str, int]
+    rows: pa.Table
     bytes: int
-    files: int
     lost: dict[str, int]
-    tables: list[Any]
-
-    @property
-    def total(self) -> int:
-        """Rows in all."""
-        return sum(self.rows.values())
 
 
 class Agent:
-    """`with Agent(rig) as agent:` is ready when the block begins."""
+    """`with Agent(rig) as agent:` is ready when the block begins. It traces as by default: all namespaces."""
 
     def __init__(self, rig: Rig, *options: str) -> None:
-        """`options` are the agent's, beside those that every benchmark gives."""
+        """`options` are the agent's, beside those that every benchmark gives. Raises RuntimeError if it does not
+        start."""
         self._directory = tempfile.TemporaryDirectory(dir=rig.directory)
-        self._data = Path(self._directory.name, "data")
-        ready = Path(self._directory.name, "ready")
+        here = Path(self._directory.name)
+        self._data, self._errors, ready = here / "data", here / "errors", here / "ready"
         command = [sys.executable, "-m", "tracer", "agent", "--output", str(self._data), "--node", "node-1"]
         command += ["--netns", rig.node.path, "--ready-file", str(ready), "--rotate", f"{_ROTATE_S:g}s"]
-        command += [part for path in rig.namespaces for part in ("--only-netns", path)]
         cache = rig.directory / "programs"
         cache.mkdir(mode=0o700, exist_ok=True)
-        self.process = subprocess.Popen(
-            [*command, *options], stderr=subprocess.DEVNULL, env=os.environ | {"VIP_TRACER_CACHE": str(cache)}
-        )
+        with self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [*command, *options], stderr=errors, env=os.environ | {"VIP_TRACER_CACHE": str(cache)}
+            )
+        end = time.monotonic() + _STARTS_S
         while not ready.exists():
-            assert self.process.poll() is None, "the agent did not start"
+            self.check()
+            if time.monotonic() > end:
+                raise RuntimeError(f"the agent is not ready after {_STARTS_S} s: {self._last_words()}")
             time.sleep(0.005)
-        self.idle = status(self.process.pid, "VmRSS")
+        self.idle = memory(self.process.pid, "VmRSS")
         self._began = cpu_seconds(self.process.pid)
         self._ended: tuple[float, float] | None = None
-        self.resident = self.peak = 0
 
     def __enter__(self) -> Self:
         return self
@@ -83,11 +68,13 @@ class Agent:
             self.process.wait()
         self._directory.cleanup()
 
-    def look(self) -> int:
-        """Its resident memory now; `resident` becomes the most that was seen."""
-        now = status(self.process.pid, "VmRSS")
-        self.resident = max(self.resident, now)
-        return now
+    def _last_words(self) -> str:
+        return "".join(self._errors.read_text(errors="replace").strip().splitlines()[-1:])
+
+    def check(self) -> None:
+        """Raises RuntimeError if it has ended."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the agent ended (exit code {self.process.returncode}): {self._last_words()}")
 
     def cpu(self) -> tuple[float, float]:
         """User and system seconds since it was ready, until now or its end."""
@@ -100,24 +87,20 @@ class Agent:
 
     def stop(self) -> Written:
         """Ends it in good order, and reads what it wrote."""
-        self.peak = status(self.process.pid, "VmHWM")
         self.process.send_signal(signal.SIGTERM)
         _, code, used = os.wait4(self.process.pid, 0)
         self.process.returncode = os.waitstatus_to_exitcode(code)
-        assert self.process.returncode == 0, "the agent did not end well"
+        if self.process.returncode:
+            self.check()
         self._ended = used.ru_utime, used.ru_stime
-        files = sorted(Path(self._data, "connections").rglob("*.parquet"))
-        names = ("role", "protocol", "closed", "src_ip", "src_port", "dst_port", "backend_ip", "nat", "pid")
-        tables = [pq.read_table(path, columns=list(names)) for path in files]
-        rows: dict[str, int] = {}
-        for table in tables:
-            for role, closed in zip(table["role"].to_pylist(), table["closed"].to_pylist(), strict=True):
-                rows[role] = rows.get(role, 0) + bool(closed)
-        lost: dict[str, int] = {}
-        for path in sorted(Path(self._data, "coverage").rglob("*.parquet")):
-            coverage = pq.read_table(path)
+        files = self._data.glob("connections/**/*.parquet")
+        tables = [pq.ParquetFile(path).read(columns=list(_COLUMNS)) for path in files]
+        rows = pa.concat_tables(tables) if tables else pa.table({name: [] for name in _COLUMNS})
+        lost = Counter[str]()
+        for path in self._data.glob("coverage/**/*.parquet"):
+            coverage = pq.ParquetFile(path).read()
             for name in coverage.column_names:
                 if name.startswith("lost_"):
-                    lost[name] = lost.get(name, 0) + sum(filter(None, coverage[name].to_pylist()))
-        size = sum(path.stat().st_size for path in files)
-        return Written(rows, size, len(files), {name: count for name, count in lost.items() if count}, tables)
+                    lost[name] += sum(filter(None, coverage[name].to_pylist()))
+        size = sum(path.stat().st_size for path in self._data.rglob("*.parquet"))
+        return Written(rows, size, {name: count for name, count in lost.items() if count})

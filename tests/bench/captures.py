@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import paired
-from tests.bench.rate import Workload, per_second, window, workloads
 from tests.bench.rig import Rig
+from tests.bench.workloads import Load, Workload, workloads
 from tracer.kernel import btf, compiler
 
 SOURCE = Path(__file__).with_name("netfilter.c")
@@ -101,20 +101,17 @@ def compiled() -> tuple[Any, int]:
 def compare(rig: Rig, workload: Workload, captures: dict[str, Callable[[Rig], AbstractContextManager[None]]],
             pairs: int, seconds: float) -> list[dict[str, Any]]:  # fmt: skip
     """A line for each capture: the rate with it as a part of the rate without."""
-    workers = [
-        worker for what, arguments, count in workload.parts for worker in rig.workers(what, *arguments, count=count)
-    ]
-    window(workers, 0.5)  # warms up
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in captures}
-    for turn in paired.order(pairs):
-        for name, capture in captures.items():
-            rates = {}
-            for with_it in turn:
-                with capture(rig) if with_it else contextlib.nullcontext():
-                    rates[with_it] = per_second(window(workers, seconds))
-            found[name].append((rates[False], rates[True]))
-    for worker in workers:
-        worker.close()
+    with Load(rig, workload) as load:
+        load.window(0.5)  # warms up
+        for turn in paired.order(pairs):
+            for name, capture in captures.items():
+                rates = {}
+                for with_it in turn:
+                    with capture(rig) if with_it else contextlib.nullcontext():
+                        (done,) = load.window(seconds).values()
+                    rates[with_it] = done.per_second
+                found[name].append((rates[False], rates[True]))
     lines = []
     for name, results in found.items():
         ratio = paired.ratio(results)
@@ -141,9 +138,9 @@ def main() -> None:
     lines = []
     print("| workload | capture | a second, without | with it (95 % interval) | pairs |\n|---|---|---|---|---|")
     with Rig() as rig:
-        for workload in workloads(rig):
-            if workload.name in ("short", "packets"):
-                lines += compare(rig, workload, captures, arguments.pairs, arguments.seconds)
+        known = workloads(rig)
+        for name in ("short", "packets"):
+            lines += compare(rig, known[name], captures, arguments.pairs, arguments.seconds)
     for line in lines:
         ratio = f"{line['ratio']:.3f} ({line['low']:.3f} to {line['high']:.3f})"
         print(f"| {line['workload']} | {line['capture']} | {line['without']:,.0f} | {ratio} | {line['pairs']} |")

@@ -1,7 +1,7 @@
 """A peer of the benchmark: conntrack's events read in Python, one by one, as a first version of such a tool would.
 
-Prints NEW entries of TCP over IPv4 as `conntrack -E` does, as far as `tests.bench.said` reads it. Runs in the namespace
-whose events it reads: python -m tests.bench.ctnetlink
+Prints beginnings and ends of entries of TCP over IPv4 as `conntrack -E` does, as far as `tests.bench.said` reads it.
+Runs in the namespace whose events it reads: python -m tests.bench.ctnetlink BUFFER_BYTES
 """
 
 import signal
@@ -10,9 +10,8 @@ import struct
 import sys
 from collections.abc import Iterator
 
-_NEW, _DESTROY = 1 << 0, 1 << 2
+_NEW, _DESTROY, _DELETED = 1 << 0, 1 << 2, 2  # the groups as bits; the end's message
 _TUPLE_ORIG, _TUPLE_REPLY, _IP, _PROTO = 1, 2, 1, 2
-_RECEIVE_BUFFER = 8 << 20
 _HEADER, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=HH")
 
 
@@ -38,7 +37,7 @@ def ends(data: bytes) -> tuple[int, str, str, int, int]:
 def main() -> None:
     """Prints until SIGINT."""
     listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-    listener.setsockopt(socket.SOL_SOCKET, 33, _RECEIVE_BUFFER)  # SO_RCVBUFFORCE
+    listener.setsockopt(socket.SOL_SOCKET, 33, int(sys.argv[1]))  # SO_RCVBUFFORCE
     listener.bind((0, _NEW | _DESTROY))
     lost = 0
     signal.signal(signal.SIGINT, lambda *_: listener.close())
@@ -49,18 +48,19 @@ def main() -> None:
             lost += error.errno == 105  # ENOBUFS: nobody knows how many
             continue
         kind, family = _HEADER.unpack_from(data)[1], data[16]
-        if kind & 0xFF or family != socket.AF_INET:
+        if family != socket.AF_INET:
             continue
+        event = "DESTROY" if kind & 0xFF == _DELETED else "NEW"
         found = dict(attributes(data[20:]))
         protocol, src, dst, src_port, dst_port = ends(found[_TUPLE_ORIG])
         if protocol == socket.IPPROTO_TCP:
             _, backend, to, port, to_port = ends(found[_TUPLE_REPLY])
             sys.stdout.write(
-                f"[NEW] tcp 6 0 src={src} dst={dst} sport={src_port} dport={dst_port} src={backend} dst={to} "
+                f"[{event}] tcp 6 src={src} dst={dst} sport={src_port} dport={dst_port} src={backend} dst={to} "
                 f"sport={port} dport={to_port}\n"
             )
     if lost:
-        print(f"{lost} times events were lost (ENOBUFS)", file=sys.stderr)
+        print("events were lost (ENOBUFS)\n" * lost, end="", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,10 @@ from pathlib import Path
 
 from tests import kube_lab
 from tests.bench import naming
+from tests.bench.proc import cpu_seconds, memory
 from tests.kube_api import KubeApi, serving
 from tracer.kernel.maps import Sizes
 from tracer.lab.cluster import Cluster
-
-
-def status(pid: int, field: str) -> int:
-    """A memory field of /proc/PID/status in bytes."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
@@ -99,8 +87,8 @@ def main() -> None:
         if arguments.scrape:
             threading.Thread(target=scrape, args=(address, arguments.scrape, scraped), daemon=True).start()
             time.sleep(3 * arguments.scrape)
-        idle = status(agent.pid, "VmRSS")
-        before = cpu_seconds(agent.pid)
+        idle = memory(agent.pid, "VmRSS")
+        before = sum(cpu_seconds(agent.pid))
         began = time.monotonic()
         for client in cluster.clients:
             client.begin_connects(arguments.connections // 2, cluster.vip(), 100, 100)
@@ -108,8 +96,8 @@ def main() -> None:
             client.finish_connects()
         took = time.monotonic() - began
         time.sleep(2.5)  # one rotation more
-        used = cpu_seconds(agent.pid) - before
-        resident, peak = status(agent.pid, "VmRSS"), status(agent.pid, "VmHWM")
+        used = sum(cpu_seconds(agent.pid)) - before
+        resident, peak = memory(agent.pid, "VmRSS"), memory(agent.pid, "VmHWM")
         agent.send_signal(signal.SIGTERM)
         agent.wait()
         size = sum(path.stat().st_size for path in Path(directory, "data", "connections").rglob("*.parquet"))

@@ -5,6 +5,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: Fewer pairs bound the median in less than 95 of 100 cases, whatever their values.
+ENOUGH = 6
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -14,9 +17,6 @@ class Ratio:
     low: float
     high: float
     pairs: int
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 def ranks(pairs: int, confidence: float = 0.95) -> tuple[int, int]:

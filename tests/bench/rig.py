@@ -1,12 +1,13 @@
 """Where the benchmark runs: a node with pods, services, and clients and servers in C (traffic.c) that load it.
 
-Knows how the traffic is made and what the servers saw; leaves to `kernel_cost`, `rate` and `peers` what is measured.
+Knows how the traffic is made and what the servers saw; leaves to others what is measured.
 The programs of this machine go on where they are: everything is in namespaces of the lab.
 """
 
 import signal
 import subprocess
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from tracer.lab.cluster import Cluster
 from tracer.lab.netns import Namespace
-from tracer.lab.topology import Conntrack
+from tracer.lab.topology import Conntrack, Pod
 
 SOURCE = Path(__file__).with_name("traffic.c")
 #: The services' ports, each with a virtual address of its own: so many of TCP that a client finds a free port for each
@@ -26,6 +27,8 @@ PORTS = {"tcp": tuple(range(81, 97)), "udp": (53, 54)}
 #: A service behind which nobody listens.
 REFUSED_PORT = 99
 _TARGET, _NOBODY = 9090, 9999
+#: How long conntrack may take to forget: its timeouts here are seconds.
+_EXPIRES_S = 60
 
 #: `struct accepted` of traffic.c.
 ACCEPTED = np.dtype([("peer", ">u4"), ("local", ">u4"), ("peer_port", ">u2"), ("dialled", "<u2"), ("protocol", "<u4")])
@@ -43,20 +46,21 @@ class Work:
 class Worker:
     """A client process of traffic.c, ready to work."""
 
-    def __init__(self, netns: Namespace, program: Path, *arguments: object, cpu: int | None = None) -> None:
-        pinned = [] if cpu is None else ["taskset", "-c", str(cpu)]
-        command = [*pinned, str(program), *map(str, arguments)]
-        self.process = netns.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, pod: Pod, program: Path, *arguments: object) -> None:
+        self.address = pod.ips[4]
+        self.process = pod.netns.popen(
+            [str(program), *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         assert self._line() == "ready", f"{arguments} did not get ready"
 
     def _line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().decode().strip()
 
-    def begin(self, seconds: float = 0, count: int = 0) -> None:
-        """Starts to work for so long, or for so many operations."""
+    def begin(self, seconds: float) -> None:
+        """Starts to work for so long."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{seconds} {count}\n".encode())
+        self.process.stdin.write(f"{seconds}\n".encode())
         self.process.stdin.flush()
 
     def finish(self) -> Work:
@@ -113,11 +117,12 @@ class Rig:
         """The node's namespace."""
         return self.cluster.node
 
-    @property
-    def namespaces(self) -> tuple[str, ...]:
-        """Paths of the namespaces of node and pods."""
-        pods = (*self.cluster.client_pods, *self.cluster.backend_pods)
-        return (self.node.path, *(pod.netns.path for pod in pods))
+    def expire(self) -> None:
+        """Waits until conntrack has forgotten every TCP connection. It is slow by itself; a listing makes it look."""
+        end = time.monotonic() + _EXPIRES_S
+        while self.node.run(["conntrack", "-L", "-p", "tcp"]):
+            assert time.monotonic() < end, f"connections did not leave conntrack within {_EXPIRES_S} s"
+            time.sleep(0.5)
 
     def ledger(self) -> npt.NDArray[Any]:
         """What the servers accepted and saw the end of since this was asked last, of ACCEPTED."""
@@ -140,9 +145,7 @@ class Rig:
     def workers(self, what: str, *arguments: object, count: int | None = None) -> list[Worker]:
         """`count` client processes, dealt over the client pods; by default one in each. They end with the rig."""
         pods = self.cluster.client_pods
-        made = [
-            Worker(pods[index % len(pods)].netns, self.program, what, *arguments) for index in range(count or len(pods))
-        ]
+        made = [Worker(pods[index % len(pods)], self.program, what, *arguments) for index in range(count or len(pods))]
         for worker in made:
             self._stack.callback(worker.close)
         return made

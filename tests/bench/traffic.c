@@ -9,8 +9,8 @@
  *   traffic packets ADDRESS:PORT           one byte there and back on one connection
  *   traffic calls                          getppid(2)
  *
- * A client says "ready", then reads lines "SECONDS COUNT" and works until the one or the other (0: no limit) is over;
- * it answers each with a line "OPERATIONS FAILURES NANOSECONDS". Failures are what should not have happened. */
+ * A client says "ready", then reads lines "SECONDS", works for so long each time, and answers with a line "OPERATIONS
+ * FAILURES NANOSECONDS". Failures are operations that went as they should not. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -32,7 +32,6 @@
 
 /* What a client says first: how it reached the server, and who it is, which the server cannot see. */
 struct request {
-	uint32_t size; /* bytes of the request, this header among them */
 	uint32_t response;
 	uint16_t dialled; /* the service's port, in host order */
 	uint16_t port;	  /* the client's own, in network order, or 0: conntrack may have changed it on the way */
@@ -256,7 +255,7 @@ static int target_count;
 static int exchange(int fd, const struct sockaddr_in *target, char *buffer, uint16_t port)
 {
 	struct request request = {
-		.size = REQUEST, .response = RESPONSE, .dialled = ntohs(target->sin_port), .port = port};
+		.response = RESPONSE, .dialled = ntohs(target->sin_port), .port = port};
 	size_t got = 0;
 
 	memcpy(buffer, &request, sizeof(request));
@@ -363,15 +362,14 @@ static void work(const char *what)
 	/* Cheap operations are done many at a time between two looks at the clock. */
 	int batch = !strcmp(what, "calls") ? 10000 : 1;
 	double seconds;
-	long count;
 
 	puts("ready");
 	fflush(stdout);
-	while (scanf("%lf %ld", &seconds, &count) == 2) {
+	while (scanf("%lf", &seconds) == 1) {
 		int64_t began = now(), until = began + (int64_t)(seconds * 1e9), time = began;
 		long done = 0, failed = 0;
 
-		while ((!seconds || time < until) && (!count || done < count)) {
+		while (time < until) {
 			for (int i = 0; i < batch; i++)
 				failed += once(what, target_count ? &targets[done % target_count] : NULL) != 0;
 			done += batch;

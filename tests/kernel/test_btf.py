@@ -78,6 +78,7 @@ def test_this_kernels_offsets_are_what_another_reader_finds() -> None:
         assert bits % 8 == 0
         expected[f"OFFSET_{name}__{field}"] = bits // 8
     expected["SOCK_DONE"] = reader.enum("sock_flags")["SOCK_DONE"]
+    expected["HAS_TASK_BTF"] = int("BPF_FUNC_get_current_task_btf" in reader.enum("bpf_func_id"))
     assert constants == expected
 
 

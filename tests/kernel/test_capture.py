@@ -274,6 +274,28 @@ def test_namespaces_can_be_left_out(cluster: Cluster) -> None:
         assert (found.count(traced), found.count(ignored)) == (4, 0)
 
 
+def test_a_process_is_told_whatever_the_length_of_its_name(cluster: Cluster) -> None:
+    """It is read in words of eight bytes, and of an earlier, longer name nothing may be left."""
+    names = ["fifteen-letters", "nine-of-9", "eight-of", "seven-7", "x"]
+    script = """if True:
+        import ctypes, os, socket, sys
+        for name in sys.argv[3:]:
+            ctypes.CDLL(None).prctl(15, name.encode(), 0, 0, 0)
+            socket.create_connection((sys.argv[1], int(sys.argv[2]))).close()
+        root = next(line.split()[1] for line in open("/proc/mounts") if " cgroup2 " in line)
+        path = open("/proc/self/cgroup").read().partition("0::/")[2].split("\\n")[0]
+        print(os.getpid(), os.stat(os.path.join(root, path)).st_ino)
+    """
+    with Capture(options(cluster)) as capture:
+        where = map(str, cluster.vip())
+        said = cluster.client_pods[0].netns.run(["/usr/bin/python3", "-c", script, *where, *names])
+        rows = drained(capture, len(names))
+    pid, cgroup = map(int, said.split())
+    assert [bytes(row["comm"]).decode() for row in np.sort(rows, order="started")] == names
+    assert all(rows["pid"] == pid)
+    assert all(rows["cgroup_id"] == cgroup)
+
+
 def test_only_and_ignore_together_make_no_sense() -> None:
     with pytest.raises(TracerError, match="not both"):
         Capture(Options(only_netns=("/proc/self/ns/net",), ignore_netns=("/proc/self/ns/net",)))

@@ -1,5 +1,6 @@
 """Everything that can be full is full, under load: what was offered is what was written or counted, exactly."""
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,3 +110,25 @@ def test_all_of_them_at_once(cluster: Cluster, tmp_path: Path) -> None:
     for what in ("lost_connection_map", "lost_translation_map", "lost_flow_ring", "unresolved"):
         assert counted[what] > 0, what
     assert counted.lost_translation_map == LOCAL + OUTSIDE + DATAGRAMS - 300
+
+
+def test_refusals_that_find_the_ring_full_are_lost_once(cluster: Cluster, tmp_path: Path) -> None:
+    """Each has two records: what conntrack tells of its entry's end, which its socket's own row withdraws."""
+    cluster.add_service("refusing", port=86, target_port=9999, node_port=30086, served=False)
+    first, second, outside = *cluster.clients, cluster.outside_client
+    with agent(cluster, tmp_path / "data", "--ring-bytes", "4096"):
+        for client in (first, second):
+            client.begin_connects(LOCAL // 2, cluster.vip("refusing"), SENDS, RECEIVES)
+        away = outside.connect_many(OUTSIDE, cluster.node_port("refusing"), SENDS, RECEIVES)
+        ledgers = [away, *(client.finish_connects() for client in (first, second))]
+        cluster.settle()
+    assert {int(code) for ledger in ledgers for code in ledger["errno"]} == {errno.ECONNREFUSED}
+    table, counted = rows(tmp_path / "data"), coverage(tmp_path / "data").sum(numeric_only=True)
+    assert set(table.nat) <= {"dnat", "dnat+snat"}
+    assert set(table.result) == {"refused"}
+    own, others = table[table.role == "client"], table[table.role == "forwarded"]
+    assert counted.lost_ring > 0
+    assert len(own) + counted.lost_ring == LOCAL
+    assert counted.lost_flow_ring > 0
+    assert len(others) + counted.lost_flow_ring == OUTSIDE
+    assert counted.flows == len(others) + counted.lost_flow_ring + counted.withdrawn

@@ -41,6 +41,12 @@ FIELDS: tuple[tuple[str, str], ...] = (
     ("netns_nf", "hooks_ipv4"),
     ("netns_nf", "hooks_ipv6"),
     ("ns_common", "inum"),
+    ("task_struct", "comm"),
+    ("task_struct", "tgid"),
+    ("task_struct", "cgroups"),
+    ("css_set", "dfl_cgrp"),
+    ("cgroup", "kn"),
+    ("kernfs_node", "id"),
     ("task_struct", "files"),
     ("files_struct", "fdt"),
     ("fdtable", "max_fds"),
@@ -133,7 +139,11 @@ class _Btf:
                     return offset + found
         return None
 
-    def enum_value(self, type_id: int, name: str) -> int | None:
+    def constant(self, enum: str, name: str) -> int | None:
+        """The value of an enum's constant; None if there is none."""
+        type_id = self.find(enum, _KIND_ENUM)
+        if type_id is None:
+            return None
         address, _, count, _ = self._type(type_id)
         for label, value in struct.iter_unpack("<Ii", ctypes.string_at(address + 12, 8 * count)):
             if self._lib.btf__name_by_offset(self._btf, label) == name.encode():
@@ -142,7 +152,7 @@ class _Btf:
 
 
 def defines(path: Path = VMLINUX) -> dict[str, int]:
-    """The C constants that describe this kernel: OFFSET_* and SOCK_DONE.
+    """The C constants that describe this kernel: OFFSET_*, SOCK_DONE, and HAS_TASK_BTF, whether it has that helper.
 
     Raises:
         TracerError: no BTF, or a field that the programs read is not in this kernel.
@@ -159,11 +169,12 @@ def defines(path: Path = VMLINUX) -> dict[str, int]:
                     "tracer reads: the kernel is too old or too new for this version; see docs/compatibility.md."
                 )
             constants[f"OFFSET_{struct_name}__{field}"] = offset
-        flags = btf.find("sock_flags", _KIND_ENUM)
-        done = None if flags is None else btf.enum_value(flags, "SOCK_DONE")
+        done = btf.constant("sock_flags", "SOCK_DONE")
         if done is None:
             raise TracerError(f"This kernel has no flag SOCK_DONE (looked up in {path}), which the tracer reads.")
         constants["SOCK_DONE"] = done
+        # 5.11 (3ca1032ab7ab); until then the helpers that tell of the process are called.
+        constants["HAS_TASK_BTF"] = int(btf.constant("bpf_func_id", "BPF_FUNC_get_current_task_btf") is not None)
     finally:
         btf.close()
     return constants

@@ -40,6 +40,7 @@ from tracer.kernel.maps import (
     DIALS_ARE_PEERS,
     DIALS_SEEN,
     DIALS_UNSEEN,
+    ENDED_UNTOLD,
     MODE_ADOPT,
     MODE_REPORT,
     NETWORK,
@@ -307,6 +308,8 @@ class Capture:
         totals["missed_runs"] = sum(map(libbpf.recursion_misses, self.program_descriptors().values()))
         totals["malformed_events"] += self._dump_malformed
         totals["withdrawn"], totals["untold"] = self._flows.withdrawn, self._flows.untold
+        totals["flows"] += self._flows.lost
+        totals["lost_flow_ring"] += self._flows.lost
         return totals | self._ledger
 
     def totals(self) -> dict[str, int]:
@@ -565,6 +568,8 @@ class Capture:
             raw = libbpf.map_lookup(self.maps.translations, key, TRANSLATION.itemsize)
             if raw and np.frombuffer(raw, TRANSLATION)["ct_id"][0] == values["ct_id"][place]:
                 removed[place] = libbpf.map_delete(self.maps.translations, key)
+        untold = (values["ended"] == ENDED_UNTOLD) & (values["conn_id"] == 0)
+        self._flows.lost += int(np.count_nonzero(removed & untold))
         removed &= are_flows(values)
         if removed.any():
             keys, values = keys[removed], values[removed]

@@ -89,6 +89,8 @@ class Flows:
         self.timeouts = Timeouts()
         self.withdrawn = 0
         self.untold = 0
+        #: Refusals whose provisional record found the ring full, and that no socket had claimed when they were removed.
+        self.lost = 0
 
     # -- the kernel's records ----------------------------------------------------------------------------------------
 

@@ -111,6 +111,8 @@ NETWORK = np.dtype([("length", "<u4"), ("address", "V16")])
 
 #: `enum claim`: claims on a translation that are no connection's id.
 CLAIM_DATAGRAM, CLAIM_LOST, CLAIM_OVER = 1, 2, 3
+#: `enum ended`: conntrack dropped the entry, and its row, which a socket may still withdraw, found no room.
+ENDED_UNTOLD = 2
 #: `enum dialled`.
 DIALLED_PEER, DIALLED_ANOTHER, DIALLED_UNKNOWN = range(3)
 #: `enum dials`.
