@@ -125,7 +125,7 @@ docs: setup
 	  echo 'metadata: {name: vip-tracer, namespace: vip-tracer, labels: {app.kubernetes.io/name: vip-tracer}}'; \
 	  echo 'spec:'; sed -n '/^groups:/,$$s/^/  /p' deploy/alerts/rules.yaml; } > deploy/alerts/prometheusrule.yaml
 
-# An hour; QUICK=1: five minutes, and not worth more than that.
+# An hour and a half on two cores; QUICK=1: ten minutes, and not worth more than that.
 bench: setup bench-packages
 	$(BIN)/python -m tests.bench.side_by_side $(if $(QUICK),--pairs 1 --seconds 0.5 --sustained 10 --rounds 1)
 

@@ -167,7 +167,7 @@ static __always_inline __u64 until_nul(__u64 text)
 	return text & (((nul & -nul) >> 7) - 1);
 }
 
-/* The same by typed loads, at a quarter of the cost (docs/decisions/023-cheaper-programs.md). */
+/* The same by typed loads, at a small part of the cost (docs/decisions/023-cheaper-programs.md). */
 static __always_inline void read_process(struct process *process)
 {
 	const void *task = current_task(), *groups, *group, *node;

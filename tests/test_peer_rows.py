@@ -143,8 +143,9 @@ def test_a_tool_that_dies_has_a_line_that_says_so(tmp_path: Path, monkeypatch: p
     assert (figures["ratios"], figures["operations"]) == ([1.0], 100), "what was measured before stays"
     workload = {"unit": "connections", "seconds": 0.5, "tools": {"it": figures}}
     shown = page.render({"date": "", "linux": "", "cpus": 2, "processor": "", "additions_s": 1.0,
-                         "workloads": {"short": workload}})  # fmt: skip
+                         "workloads": {"short": workload}, "errors": ["kernel: try again"]})  # fmt: skip
     assert "- it: it ended (exit code 3): no more" in shown
+    assert "- kernel: try again" in shown
     assert "least and greatest" in shown, "one pair bounds nothing"
 
 

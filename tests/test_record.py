@@ -68,6 +68,7 @@ ENUMS: dict[str, tuple[str, dict[str, int]]] = {
         {name: value for name, value in vars(maps).items() if name.startswith("CONTROL_")}
         | {"CONTROL_CROWDED": maps.CONTROLS - 1, "CONTROLS": maps.CONTROLS},
     ),
+    "ended": ("maps.h", {"ENDED": 1, "ENDED_UNTOLD": maps.ENDED_UNTOLD}),
     "claim": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("CLAIM_")}),
     "dials": ("maps.h", {name: value for name, value in vars(maps).items() if name.startswith("DIALS_")}),
 }

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from tests.bench.proc import cpu_seconds, memory
 from tests.bench.rig import Rig
+from tracer import schema
 
 _ROTATE_S, _STARTS_S = 2.0, 60
-_COLUMNS = ("role", "closed", "src_ip", "src_port", "dst_port", "backend_ip", "pid")
+_COLUMNS = ["role", "closed", "src_ip", "src_port", "dst_port", "backend_ip", "pid"]
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ class Agent:
         if self.process.returncode:
             self.check()
         self._ended = used.ru_utime, used.ru_stime
-        files = self._data.glob("connections/**/*.parquet")
-        tables = [pq.ParquetFile(path).read(columns=list(_COLUMNS)) for path in files]
-        rows = pa.concat_tables(tables) if tables else pa.table({name: [] for name in _COLUMNS})
+        tables = [schema.arrow().empty_table().select(_COLUMNS)]
+        tables += [pq.ParquetFile(path).read(columns=_COLUMNS) for path in self._data.glob("connections/**/*.parquet")]
+        rows = pa.concat_tables(tables)
         lost = Counter[str]()
         for path in self._data.glob("coverage/**/*.parquet"):
             coverage = pq.ParquetFile(path).read()

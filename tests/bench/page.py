@@ -84,7 +84,7 @@ _COSTS: tuple[tuple[str, Callable[[Figures], tuple[float, str] | None]], ...] = 
     ("system CPU a connection", _per_connection("system")),
     ("its BPF programs, a connection", _kernel),
     ("resident memory", _megabytes("resident")),
-    ("resident at the most, compiling included", _megabytes("most")),
+    ("resident at the most, of what runs until the end", _megabytes("most")),
     ("kernel memory of its maps", _megabytes("maps")),
     ("bytes written a row", _bytes_a_row),
     ("connections", _count("connections")),
@@ -148,7 +148,7 @@ def render(found: Figures) -> str:
         few = any(len(t["ratios"]) < paired.ENOUGH for w in workloads.values() for t in w["tools"].values())
         interval = "least and greatest" if few else "95 % interval"
         out += [f"What is left of the rate with each tool ({interval}; pairs):", rates(workloads)]
-    for name, workload in workloads.items():
+    for workload in workloads.values():
         if any("connections" in tool for tool in workload["tools"].values()):
             out += [f"What each takes and tells of {workload['unit']}:", costs(workload)]
         errors = [f"- {tool}: {line['error']}" for tool, line in workload["tools"].items() if line["error"]]
@@ -158,12 +158,13 @@ def render(found: Figures) -> str:
             if line.get("failures")
         ]
         if errors or failed:
-            out.append(f"Of {workload['unit']}, {name}:")
-            out.append("\n".join(errors + failed))
+            out += [f"Of {workload['unit']}:", "\n".join(errors + failed)]
     if "sustained" in found:
         out += ["One agent for a longer time:", sustained(found["sustained"])]
     if "kernel" in found:
         out += ["Its programs, by what they run on:", kernel(found["kernel"])]
+    if found["errors"]:
+        out += ["Not measured:", "\n".join(f"- {error}" for error in found["errors"])]
     return "\n\n".join(out)
 
 

@@ -118,10 +118,14 @@ class Rig:
         return self.cluster.node
 
     def expire(self) -> None:
-        """Waits until conntrack has forgotten every TCP connection. It is slow by itself; a listing makes it look."""
+        """Waits until conntrack has forgotten every TCP connection. It is slow by itself; a listing makes it look.
+
+        Raises RuntimeError if it does not.
+        """
         end = time.monotonic() + _EXPIRES_S
         while self.node.run(["conntrack", "-L", "-p", "tcp"]):
-            assert time.monotonic() < end, f"connections did not leave conntrack within {_EXPIRES_S} s"
+            if time.monotonic() > end:
+                raise RuntimeError(f"connections did not leave conntrack within {_EXPIRES_S} s")
             time.sleep(0.5)
 
     def ledger(self) -> npt.NDArray[Any]:

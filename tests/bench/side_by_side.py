@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -34,12 +34,15 @@ from tests.bench.proc import memory
 from tests.bench.rig import Rig
 from tests.bench.tools import NOTHING, OURS, Make, Tool, resident, tools
 from tests.bench.workloads import Done, Load, Workload, workloads
+from tracer.errors import TracerError
 
 #: Before each window, so that none begins in what another left.
 _REST_S = 1.0
-#: How often a tool's programs are priced, and for how many windows the agent alone is measured beyond all others.
+#: How often a tool's programs are priced; how many times as many pairs of short connections the agent has.
 _PRICED = 3
 _MORE_FOR_OURS = 3
+#: What ends a measurement, and no other one.
+_FAILURES = (OSError, RuntimeError, TracerError, subprocess.SubprocessError)
 
 
 class Findings:
@@ -50,6 +53,7 @@ class Findings:
         self.all: dict[str, Any] = {
             "linux": os.uname().release, "cpus": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
             "processor": _processor(), "additions_s": _additions(), "workloads": {},
+            "errors": [],
         }  # fmt: skip
 
     def keep(self, **more: Any) -> None:
@@ -59,6 +63,13 @@ class Findings:
             part = self._path.with_suffix(".part")
             part.write_text(json.dumps(self.all, indent=1) + "\n")
             part.replace(self._path)
+
+    def attempt(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Keeps what `measure` finds, or why it did not."""
+        try:
+            self.keep(**{name: measure()})
+        except _FAILURES as error:
+            self.keep(errors=[*self.all["errors"], f"{name}: {error}"])
 
 
 def _processor() -> str:
@@ -109,7 +120,7 @@ class Line:
             return
         try:
             done = {with_tool: self._with(seconds) if with_tool else self._without(seconds) for with_tool in turn}
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except _FAILURES as error:
             self.error = str(error)
             return
         self._ratios.append(ratio(done[False], done[True]))
@@ -156,7 +167,7 @@ class Line:
             return
         try:
             self._kernel.append(kernel_ns(self._rig, self._load, self._make, self._workload, seconds))
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except _FAILURES as error:
             self.error = str(error)
 
     def figures(self) -> dict[str, Any]:
@@ -325,9 +336,9 @@ def main() -> None:
                 if not given.workload or name in given.workload:
                     compare(rig, workload, made, given.pairs, given.seconds, findings)
             if given.sustained:
-                findings.keep(sustained=sustained(rig, known["short"], given.sustained))
+                findings.attempt("sustained", lambda: sustained(rig, known["short"], given.sustained))
         if given.rounds:
-            findings.keep(kernel=kernel_cost.by_state(given.rounds))
+            findings.attempt("kernel", lambda: kernel_cost.by_state(given.rounds))
     print(page.render(findings.all))
     if given.page:
         page.write(findings.all, given.page)

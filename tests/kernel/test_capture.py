@@ -121,6 +121,23 @@ def test_a_refusal_leaves_its_translation_for_the_socket_and_then_nothing(cluste
         assert len(translations(capture)) == 0
 
 
+def test_a_refusal_whose_own_row_found_no_room_is_not_taken_for_anothers(cluster: Cluster) -> None:
+    """The row that its entry's end makes, in case it is another node's, came first and found room."""
+    cluster.add_service("refusing", port=86, target_port=9999, served=False)
+    with Capture(options(cluster, sizes=Sizes(ring_bytes=4096))) as capture:  # of 19 records
+        cluster.clients[0].connect_many(18, cluster.vip(), 100, 100)
+        until(lambda: capture.counters()["closed"] == 18)
+        cluster.clients[0].connect_many(1, cluster.vip("refusing"), 100, 100)
+        until(lambda: capture.counters()["lost_ring"] == 1)
+        assert capture.counters()["flows"] == 1
+        rows = [capture.drain()]
+        until(lambda: rows.append(capture.drain()) or capture.counters()["withdrawn"] + sum(map(len, rows)) > 18)
+        assert capture.counters()["withdrawn"] == 1
+        assert sum(map(len, rows)) == 18
+        capture.reconcile()
+        assert not (translations(capture)["ended"] > 0).any(), "nothing waits for a socket any more"
+
+
 def test_a_connection_whose_end_nobody_saw_is_counted_as_lost_and_forgotten(cluster: Cluster) -> None:
     with Capture(options(cluster)) as capture:
         held = cluster.clients[0].hold(2, cluster.vip())["number"]

@@ -42,7 +42,7 @@ from hypothesis import strategies as st
 
 from tracer.kernel import libbpf
 from tracer.kernel.capture import Capture, Options
-from tracer.kernel.maps import TRANSLATION, Sizes
+from tracer.kernel.maps import ENDED_UNTOLD, TRANSLATION, Sizes
 from tracer.lab.netns import Namespace
 from tracer.record import TUPLE, Flag, Nat, NatSource
 
@@ -245,6 +245,33 @@ def test_the_end_of_an_entry(program: Filter, random: Random) -> None:
         assert int(record["ct_state"]) == (row.state if entry.protocol == TCP else 0)
         assert int(record["ct_status"]) == status & 0xFF
         assert int(record["ct_left"]) == min(entry.timeout or 0, 0xFFFF)
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_a_refusal_without_room_is_a_loss_once_its_tuple_comes_again_unclaimed(program: Filter, claimed: bool) -> None:
+    """Until then a socket may claim the entry, and tell of it."""
+    program.forget()
+    maps = program.capture.maps
+
+    def feed(entry: Entry, *kinds: int) -> dict[str, int]:
+        """Without draining: what the two counters say by now."""
+        for kind in kinds:
+            program.sender.send(entry.message(kind=kind))
+        return {name: maps.counters_now()[name] for name in ("flows", "lost_flow_ring")}
+
+    stood, before = replace(V4, protocol=TCP, status=IPS_SEEN_REPLY | IPS_ASSURED), feed(V4)
+    while (counted := feed(stood, NEW, DESTROY))["lost_flow_ring"] == before["lost_flow_ring"]:
+        assert counted["flows"] < before["flows"] + 1000, "the ring has room for 315"
+    refused = replace(V4, protocol=TCP, status=IPS_SEEN_REPLY)
+    assert feed(refused, NEW, DESTROY) == counted
+    (key,), (value,) = program.translations()
+    assert value["ended"] == ENDED_UNTOLD
+    if claimed:
+        value["conn_id"] = 1 << 50
+        libbpf.map_update(maps.translations, key.tobytes(), value.tobytes())
+    again = feed(replace(refused, id=V4.id + 1), NEW)
+    assert again == {name: count + (not claimed) for name, count in counted.items()}
+    program.forget()
 
 
 @pytest.mark.parametrize("kinds", [(2, 1), (1, 1), (1, 4), (3, 2)])
