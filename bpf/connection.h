@@ -102,21 +102,130 @@ static __always_inline struct translation *find_translation(struct tuple *key)
 	return found ? found : find_in_zones(key);
 }
 
-/* The connection with that id, if its socket is still open. */
-static __always_inline struct connection *open_connection(__u64 socket, __u64 conn_id)
+static __always_inline struct young *place_of(__u32 spot)
 {
-	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &socket);
+	__u32 slot = spot * YOUNG_SLOTS >> SPOT_BITS;
 
-	return connection && connection->row.conn_id == conn_id ? connection : NULL;
+	return bpf_map_lookup_elem_(YOUNG, &slot);
+}
+
+/* The place of a socket among the young, and its spot; for programs that the kernel tells what a socket is. `sk` must come
+ * from where no helper was given its address: to the verifier of 6.5 to 6.14 it would be a number afterwards. */
+static __always_inline struct young *find_place(const void *sk, __u32 *spot)
+{
+	__u32 first = 0;
+	__u64 socket = (__u64)sk;
+	struct young *young = bpf_map_lookup_elem_(YOUNG, &first);
+
+	if (!young)
+		return NULL; /* cannot be: there is one place at least */
+	/* Nobody may calculate with an address, but the difference of two is a number. */
+	asm volatile("%0 -= %1" : "+r"(socket) : "r"(young));
+	*spot = socket * 0x9e3779b97f4a7c15ULL >> (64 - SPOT_BITS); /* Fibonacci hashing (Knuth 6.4) */
+	return place_of(*spot);
+}
+
+static __always_inline __u32 *spilled(__u32 spot)
+{
+	__u32 first = 0, *counts = bpf_map_lookup_elem_(SPILLED, &first);
+
+	/* What clang knows of it the verifier may not, if it has been in memory since (before 5.11 or so). */
+	asm volatile("" : "+r"(spot));
+	return counts ? &counts[spot & ((1 << SPOT_BITS) - 1)] : NULL;
+}
+
+static __always_inline bool may_have_spilled(__u32 spot)
+{
+	__u32 *count = spilled(spot);
+
+	return !count || *count;
+}
+
+static __always_inline void spill(__u32 spot, int more)
+{
+	__u32 *count = spilled(spot);
+
+	if (count)
+		__sync_fetch_and_add(count, more);
+}
+
+/* The connection of a socket. */
+static __always_inline struct connection *find_connection(const void *sk)
+{
+	__u64 socket = (__u64)sk;
+	__u32 spot;
+	struct young *young = find_place(sk, &spot);
+
+	if (!young)
+		return NULL;
+	if (young->socket == (__u64)sk)
+		return &young->connection;
+	if (!may_have_spilled(spot))
+		return NULL;
+	return bpf_map_lookup_elem_(CONNECTIONS, &socket);
+}
+
+static __always_inline void leave(struct young *young)
+{
+	*(volatile __u64 *)&young->socket = 0;
+	__sync_fetch_and_add(&young->tickets, -1);
+}
+
+/* Whether it was in the map. */
+static __always_inline bool remove_old(const void *sk, __u32 spot)
+{
+	__u64 socket = (__u64)sk;
+
+	if (DELETE(CONNECTIONS, &socket))
+		return false;
+	spill(spot, -1);
+	return true;
+}
+
+static __always_inline void remove_connection(const void *sk)
+{
+	__u32 spot;
+	struct young *young = find_place(sk, &spot);
+
+	if (!young)
+		return;
+	if (young->socket == (__u64)sk)
+		leave(young);
+	else
+		remove_old(sk, spot);
+}
+
+/* The connection that claimed a translation last, if its socket is still open. */
+static __always_inline struct connection *claimant(const struct translation *translation)
+{
+	__u64 socket = translation->socket;
+	__u32 spot = translation->spot - 1;
+	struct connection *connection;
+	struct young *young;
+
+	if (translation->spot) {
+		young = place_of(spot);
+		if (!young)
+			return NULL;
+		if (*(volatile __u64 *)&young->socket == socket)
+			return young->connection.row.conn_id == translation->conn_id ? &young->connection : NULL;
+		if (!may_have_spilled(spot))
+			return NULL;
+	}
+	connection = bpf_map_lookup_elem_(CONNECTIONS, &socket);
+	return connection && connection->row.conn_id == translation->conn_id ? connection : NULL;
 }
 
 /* Whether one tuple is open in two namespaces, so that whose the entry is cannot be told: another socket has claimed
  * this translation and is still open, or has done so while this one stood without (`again`). */
-static __always_inline bool claimed_by_another(const struct translation *translation, const struct row *row, bool again)
+static __always_inline bool claimed_by_another(const void *sk, const struct translation *translation,
+					       const struct row *row, bool again)
 {
 	if (!translation->conn_id || translation->conn_id == row->conn_id)
 		return false;
-	return (again && row->flags & FLAG_ESTABLISHED) || open_connection(translation->socket, translation->conn_id);
+	if (again && row->flags & FLAG_ESTABLISHED)
+		return true;
+	return translation->socket != (__u64)sk && claimant(translation);
 }
 
 /* Whether a translation is an earlier connection's, and nothing says that this one is its heir. conntrack may take an
@@ -206,8 +315,10 @@ found:
 	if (translation->conn_id)
 		goto claimed;
 claim:
-	translation->conn_id = row->conn_id;
+	translation->spot = connection->reported.spot;
 	translation->socket = (__u64)sk;
+	BARRIER(); /* who sees the claim sees whose it is */
+	translation->conn_id = row->conn_id;
 	if (row->dialled != DIALLED_PEER)
 		goto not_the_peer;
 	row->nat = translation->nat;
@@ -225,7 +336,7 @@ out:
 	return;
 
 claimed:
-	if (claimed_by_another(translation, row, again)) {
+	if (claimed_by_another(sk, translation, row, again)) {
 		count(COUNT_AMBIGUOUS);
 		goto unknown;
 	}
@@ -355,16 +466,98 @@ static __always_inline void set_process(struct row *row, const struct process *p
 	__builtin_memcpy(row->comm, process->comm, sizeof(row->comm));
 }
 
+static __always_inline long insert_with_the_old(const void *sk, __u32 spot, struct connection *connection)
+{
+	__u64 socket = (__u64)sk;
+	long error;
+
+	/* Before, so that it is never too few. */
+	spill(spot, 1);
+	error = bpf_map_update_elem_(CONNECTIONS, &socket, connection, BPF_NOEXIST);
+	if (!error)
+		return 0;
+	if (error == -EEXIST) { /* perhaps gone by the next line: one too many is better than one too few */
+		count(COUNT_LOST_END);
+		return bpf_map_update_elem_(CONNECTIONS, &socket, connection, BPF_ANY);
+	}
+	spill(spot, -1);
+	return error;
+}
+
 static __always_inline long insert(const void *sk, struct connection *connection)
 {
-	__u64 key = (__u64)sk;
-	long error = bpf_map_update_elem_(CONNECTIONS, &key, connection, BPF_NOEXIST);
+	__u64 socket = (__u64)sk;
+	__u32 spot;
+	struct young *young = find_place(sk, &spot);
 
-	if (error == -EEXIST) {
+	if (!young)
+		return -1;
+	if (young->tickets)
+		goto taken;
+	__sync_fetch_and_add(&young->tickets, 1);
+	if (*(volatile __u64 *)&young->tickets != 1)
+		goto two_at_once;
+	if (may_have_spilled(spot))
+		goto perhaps_twice;
+fill:
+	connection->reported.spot = spot + 1;
+	young->connection = *connection;
+	BARRIER();
+	*(volatile __u64 *)&young->socket = (__u64)sk;
+	return 0;
+
+perhaps_twice: /* an earlier socket's at this address, whose end was missed */
+	if (bpf_map_lookup_elem_(CONNECTIONS, &socket) && remove_old(sk, spot))
 		count(COUNT_LOST_END);
-		error = bpf_map_update_elem_(CONNECTIONS, &key, connection, BPF_ANY);
-	}
+	goto fill;
+two_at_once:
+	__sync_fetch_and_add(&young->tickets, -1);
+taken:
+	if (young->socket != (__u64)sk)
+		return insert_with_the_old(sk, spot, connection);
+	count(COUNT_LOST_END);
+	goto fill;
+}
+
+/* One that is old already. -EEXIST: before 5.15, its tracepoint may run meanwhile and find it, or not; see
+ * connection_began. */
+static __always_inline long insert_old(const void *sk, struct connection *connection)
+{
+	__u32 spot;
+	struct young *young = find_place(sk, &spot);
+	long error;
+
+	if (!young)
+		return -1;
+	error = insert_with_the_old(sk, spot, connection);
+	if (!error && *(volatile __u64 *)&young->socket == (__u64)sk && remove_old(sk, spot))
+		return -EEXIST;
 	return error;
+}
+
+/* A connection that stays makes room for shorter ones. Where the map is full it stays where it is. Not one that is about
+ * to stand: before 5.15 nothing keeps its tracepoint from holding its place meanwhile. */
+static __always_inline void grow_old(const void *sk, __u8 state)
+{
+	__u64 socket = (__u64)sk;
+	__u32 spot;
+	struct young *young = find_place(sk, &spot);
+	struct connection *old;
+
+	if (state == BPF_TCP_SYN_SENT || !young || young->socket != (__u64)sk)
+		return;
+	spill(spot, 1);
+	if (bpf_map_update_elem_(CONNECTIONS, &socket, &young->connection, BPF_NOEXIST)) {
+		spill(spot, -1);
+		return;
+	}
+	*(volatile __u64 *)&young->socket = 0;
+	FULL_BARRIER(young->tickets);
+	/* Its entry in conntrack may have ended just now, and who told the place so has not looked behind it (entry_ends). */
+	old = bpf_map_lookup_elem_(CONNECTIONS, &socket);
+	if (old && *(volatile __u8 *)&young->connection.row.keeps)
+		old->row.keeps = 1;
+	__sync_fetch_and_add(&young->tickets, -1);
 }
 
 /* A connection found no room: it is lost now, whatever becomes free before it ends. */
@@ -435,6 +628,8 @@ static __always_inline struct connection *connection_began(const void *sk, __u64
 	struct row *row = &connection.row;
 	struct translation *translation;
 	bool known = is_crowded_out(key);
+	struct young *young;
+	__u32 spot;
 
 	if (control(CONTROL_PAUSE) || !describe(sk, row, ROLE_CLIENT) || excluded_destination(&row->tuple.dst))
 		return NULL; /* not offered, or counted when it began */
@@ -442,9 +637,13 @@ static __always_inline struct connection *connection_began(const void *sk, __u64
 	row->flags |= FLAG_OPENED | FLAG_COUNTED;
 	row->conn_id = next_conn_id();
 	row->dialled = unless_told();
-	if (!known && !bpf_map_update_elem_(CONNECTIONS, key, &connection, BPF_NOEXIST)) {
+	if (!known && !insert(sk, &connection)) {
 		count(COUNT_LATE_BEGIN);
-		return bpf_map_lookup_elem_(CONNECTIONS, key);
+		/* Before 5.15 the iterator may have adopted it just now: one of the two sees the other. */
+		young = find_place(sk, &spot);
+		if (young && young->socket == *key && remove_old(sk, spot))
+			count(COUNT_LOST_END);
+		return find_connection(sk);
 	}
 	if (!known) { /* the map is full, and its beginning was missed */
 		count(COUNT_LATE_BEGIN);
@@ -535,6 +734,7 @@ static __always_inline bool emit(const void *sk, struct connection *connection, 
 	if (!record)
 		return false;
 	read_totals(sk, &totals);
+	totals.spot = reported->spot;
 	/* What is sent again is counted before it is sent, so a total may fall back: no row holds less than none. */
 	if (totals.bytes_sent < reported->bytes_sent)
 		totals.bytes_sent = reported->bytes_sent;
@@ -611,7 +811,7 @@ static __always_inline void let_go(const struct connection *connection)
 }
 
 /* The last row, and the end of the entry. The socket's counters are still there. */
-static __always_inline void finish(const void *socket, const void *sk, __u64 *key, struct connection *connection)
+static __always_inline void finish(const void *socket, const void *sk, struct connection *connection)
 {
 	struct row *row = &connection->row;
 
@@ -626,7 +826,7 @@ told:
 	if (row->keeps)
 		goto keeps;
 forget:
-	DELETE(CONNECTIONS, key);
+	remove_connection(socket);
 	return;
 
 unresolved:
@@ -646,12 +846,12 @@ keeps:
 }
 
 /* The entry is of an earlier socket at this address, whose end was missed. */
-static __always_inline void end_was_missed(__u64 *key, const struct connection *connection)
+static __always_inline void end_was_missed(const void *socket, const struct connection *connection)
 {
 	count(COUNT_LOST_END);
 	if (connection->row.keeps)
 		let_go(connection);
-	DELETE(CONNECTIONS, key);
+	remove_connection(socket);
 }
 
 /* SYN_SENT -> ESTABLISHED: the source port is known now, and conntrack confirmed the entry before the SYN left. And
@@ -660,7 +860,7 @@ static __always_inline void end_was_missed(__u64 *key, const struct connection *
 static __always_inline void connection_moves(const void *socket, __u64 old_state, bool ends)
 {
 	__u64 key = (__u64)socket;
-	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	struct connection *connection = find_connection(socket);
 	struct row *row;
 	const void *sk;
 	__u16 port;
@@ -684,7 +884,7 @@ known:
 		if (needs_join(row))
 			goto joins;
 	last:
-		finish(socket, sk, &key, connection);
+		finish(socket, sk, connection);
 		return;
 	}
 	READ(port, socket, OFFSET_sock_common__skc_num);
@@ -699,13 +899,13 @@ joins:
 	if (ends)
 		goto last;
 	if (excluded_loopback(row)) {
-		DELETE(CONNECTIONS, &key);
+		remove_connection(socket);
 		count(COUNT_EXCLUDED);
 	}
 	return;
 
 missed:
-	end_was_missed(&key, connection);
+	end_was_missed(socket, connection);
 	return;
 unknown:
 	if (old_state == BPF_TCP_SYN_SENT) {
@@ -723,7 +923,7 @@ unknown:
 static __always_inline bool has_not_begun(const void *socket)
 {
 	__u64 key = (__u64)socket;
-	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	struct connection *connection = find_connection(socket);
 	const void *sk;
 
 	if (!connection)
@@ -737,7 +937,7 @@ static __always_inline bool has_not_begun(const void *socket)
 static __always_inline bool has_not_moved(const void *socket, bool ends)
 {
 	__u64 key = (__u64)socket;
-	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	struct connection *connection = find_connection(socket);
 
 	return connection && (ends || !(connection->row.flags & FLAG_ESTABLISHED));
 }
@@ -746,7 +946,7 @@ static __always_inline bool has_not_moved(const void *socket, bool ends)
 static __always_inline void socket_vanishes(const void *socket)
 {
 	__u64 key = (__u64)socket;
-	struct connection *connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	struct connection *connection = find_connection(socket);
 	const void *sk;
 	__u32 rtt;
 
@@ -761,14 +961,14 @@ static __always_inline void socket_vanishes(const void *socket)
 		return; /* no TCP socket: not offered */
 	count(COUNT_LATE_END);
 	if (!is_entry_of(socket, sk, connection)) {
-		end_was_missed(&key, connection);
+		end_was_missed(socket, connection);
 		return;
 	}
 	READ(rtt, sk, OFFSET_tcp_sock__srtt_us);
 	if (rtt) /* measured by the handshake at the latest */
 		connection->row.flags |= FLAG_ESTABLISHED;
 	join_again(sk, connection);
-	finish(socket, sk, &key, connection);
+	finish(socket, sk, connection);
 }
 
 #endif

@@ -214,9 +214,10 @@ static __always_inline void entry_begins(const struct tuple *tuple, struct trans
 	earlier = bpf_map_lookup_elem_(TRANSLATIONS, tuple);
 	if (earlier && earlier->ended == ENDED_UNTOLD && !earlier->conn_id)
 		lose_flow();
-	if (earlier && earlier->conn_id > CLAIM_OVER && open_connection(earlier->socket, earlier->conn_id)) {
+	if (earlier && earlier->conn_id > CLAIM_OVER && claimant(earlier)) {
 		translation->conn_id = earlier->conn_id;
 		translation->socket = earlier->socket;
+		translation->spot = earlier->spot;
 	}
 	if (bpf_map_update_elem_(TRANSLATIONS, tuple, translation, BPF_ANY))
 		count(COUNT_LOST_TRANSLATION_MAP);
@@ -235,7 +236,7 @@ static __always_inline void entry_ends(struct __sk_buff *skb, __u32 offset, cons
 		goto stale;
 	if (known->conn_id <= CLAIM_OVER)
 		goto flow;
-	connection = open_connection(known->socket, known->conn_id);
+	connection = claimant(known);
 	if (connection)
 		goto open;
 	DELETE(TRANSLATIONS, tuple);
@@ -244,7 +245,10 @@ static __always_inline void entry_ends(struct __sk_buff *skb, __u32 offset, cons
 open:
 	known->ended = ENDED;
 	connection->row.keeps = 1;
-	count(COUNT_KEPT);
+	count(COUNT_KEPT);	      /* a full barrier */
+	connection = claimant(known); /* it may just be growing old, and have been copied before (grow_old) */
+	if (connection)
+		connection->row.keeps = 1;
 	return;
 stale: /* The entry was replaced, and this is the end of the old one; or it was never known. */
 	if (tuple->protocol == IPPROTO_TCP) {

@@ -4,7 +4,8 @@
  *
  * It cannot race with the tracepoint for one socket: since 5.15 the kernel holds the socket's lock around the
  * program (04c7820b776f, "bpf: tcp: Bpf iter batching and lock_sock"), before that the hash bucket's, which
- * tcp_set_state(CLOSE) needs to unhash the socket before the tracepoint fires. */
+ * tcp_set_state(CLOSE) needs to unhash the socket before the tracepoint fires. Only the way to ESTABLISHED needs no
+ * bucket: before 5.15 that may happen meanwhile. */
 #ifndef TRACER_ITERATOR_H
 #define TRACER_ITERATOR_H
 
@@ -47,12 +48,13 @@ static __always_inline void adopt(const void *sk, __u8 state)
 {
 	struct connection connection = {};
 	struct row *row = &connection.row;
+	long error;
 
 	if (!describe(sk, row, ROLE_CLIENT))
 		return; /* filtered by option: not offered */
 	if (was_accepted(row)) {
-		if (!(ROLES & 1 << ROLE_SERVER))
-			return;
+		if (!(ROLES & 1 << ROLE_SERVER) || state == BPF_TCP_SYN_RECV)
+			return; /* not asked for, or about to be accepted, which is counted */
 		row->role = ROLE_SERVER;
 		turn(&row->tuple);
 	} else {
@@ -73,8 +75,11 @@ static __always_inline void adopt(const void *sk, __u8 state)
 #endif
 	/* What was before the tracer is not counted: it is as if it had been reported. */
 	read_totals(sk, &connection.reported);
+	error = insert_old(sk, &connection);
+	if (error == -EEXIST)
+		return; /* its tracepoint has just counted it */
 	count(COUNT_ADOPTED);
-	if (insert(sk, &connection))
+	if (error)
 		crowd_out(sk);
 }
 
@@ -88,7 +93,7 @@ static __always_inline bool due(const struct connection *connection, __u64 mode)
 static __always_inline void visit(const void *sk)
 {
 	struct connection *connection;
-	__u64 key = (__u64)sk, mode;
+	__u64 mode;
 	__u8 state;
 
 	READ(state, sk, OFFSET_sock_common__skc_state);
@@ -100,7 +105,7 @@ static __always_inline void visit(const void *sk)
 	}
 	if (state == BPF_TCP_CLOSE)
 		return; /* it had its last row */
-	connection = bpf_map_lookup_elem_(CONNECTIONS, &key);
+	connection = find_connection(sk);
 	if (!connection) {
 		if (mode == MODE_ADOPT)
 			adopt(sk, state);
@@ -118,13 +123,16 @@ static __always_inline void visit(const void *sk)
 	if (unwanted(&connection->row)) { /* by option; counted when it ends */
 		if (connection->row.flags & FLAG_ESTABLISHED)
 			connection->row.ts = bpf_ktime_get_boot_ns(); /* not asked for again and again */
+		grow_old(sk, state);
 		return;
 	}
 	if (bpf_ringbuf_query(RECORDS, BPF_RB_AVAIL_DATA) < RING_BYTES / 2 &&
-	    emit(sk, connection, bpf_ktime_get_boot_ns(), RESULT_OPEN, 0))
+	    emit(sk, connection, bpf_ktime_get_boot_ns(), RESULT_OPEN, 0)) {
 		count(COUNT_INTERIM);
-	else
+		grow_old(sk, state);
+	} else {
 		count(COUNT_DEFERRED);
+	}
 }
 
 #endif

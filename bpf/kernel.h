@@ -20,11 +20,16 @@
 /* Of two deletions in two maps clang makes one, with the map in a register: the kernel could then not tell which kind of
  * map it is, and call that kind's function. No two of these are the same. */
 #define DELETE(map, key) DELETE_APART(map, key, __COUNTER__)
-#define DELETE_APART(map, key, number)                    \
-	do {                                              \
-		bpf_map_delete_elem_(map, key);           \
-		asm volatile("# deletion " TEXT(number)); \
-	} while (0)
+#define DELETE_APART(map, key, number)                         \
+	({                                                     \
+		long missing = bpf_map_delete_elem_(map, key); \
+                                                               \
+		asm volatile("# deletion " TEXT(number));      \
+		missing;                                       \
+	})
+#define BARRIER() asm volatile("" ::: "memory")
+/* What was written is seen before what follows is read. The 64-bit word stays as it is. */
+#define FULL_BARRIER(word) asm volatile("lock *(u64 *)(%0 + 0) += %1" ::"r"(&(word)), "r"(0ULL) : "memory")
 
 #define AF_INET 2
 #define AF_INET6 10

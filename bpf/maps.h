@@ -17,7 +17,7 @@ struct reported {
 	__u32 packets_sent;
 	__u32 packets_received;
 	__u32 retransmits;
-	__u32 padding;
+	__u32 spot; /* 1 + its socket's spot, if it has or had a place among the young; 0: none */
 };
 
 /* Whether row.tuple.dst is whom the socket talks to. */
@@ -66,6 +66,21 @@ struct connection {
 
 _Static_assert(sizeof(struct connection) == 200, "a connection has 200 bytes; tracer/kernel/maps.py says the same");
 
+/* A place for a connection that has not had an interim row: found by its socket's address, without a call and without a
+ * lock. What finds its place taken goes to the connections map. A ticket is taken by whoever wants the place; it is his
+ * who then sees his own alone, so of two at once none may get it. That nobody sees a place taken before he sees it left
+ * needs a machine that keeps the order of stores (x86); elsewhere, and where few connections are asked for, there is one
+ * place, which is taken (tracer/kernel/maps.py).
+ */
+struct young {
+	__u64 tickets;
+	__u64 socket; /* 0: free, or not filled yet */
+	struct connection connection;
+	__u64 reserved[5];
+};
+
+_Static_assert(sizeof(struct young) == 256, "a young connection has 256 bytes; tracer/kernel/maps.py says the same");
+
 /* How conntrack rewrote an original tuple: the reply tuple, read as an answer. What the usual end of an entry needs
  * comes first: behind header and key, it is in the same cache line as the key's end. */
 struct translation {
@@ -77,7 +92,8 @@ struct translation {
 	__u64 socket;  /* that connection's socket, to ask whether it is still open */
 	__u64 created; /* CLOCK_BOOTTIME ns: when the entry was inserted here */
 	__u8 ended;    /* enum ended */
-	__u8 reserved[3];
+	__u8 reserved;
+	__u16 spot; /* that connection's reported.spot */
 	__u16 backend_port;
 	__u16 snat_port;
 	struct address backend; /* reply source: where the connection really goes */
@@ -129,8 +145,16 @@ struct network {
 	__u32 address[4];
 };
 
-/* connections: socket pointer -> struct connection. Hash. Inserted at SYN_SENT and, for sockets older than the
- * tracer, by the iterator; deleted at CLOSE, which every TCP socket passes before it is freed (tcp_done,
+/* young: slot -> struct young. Array, mapped into user space, which frees what a sweep finds (tracer/kernel/maps.py). */
+#define YOUNG MAP(YOUNG_FD)
+
+/* spilled: 0 -> u32 by spot (connection.h): how many sockets of that spot are in the connections map, at most. Array of
+ * one. Where it says none, nobody looks there. So many spots that this is the rule with thousands of connections. */
+#define SPILLED MAP(SPILLED_FD)
+#define SPOT_BITS 14
+
+/* connections: socket pointer -> struct connection. Hash. Inserted at SYN_SENT, for what finds its place among the young
+ * taken, and by the iterator: what leaves them, and sockets older than the tracer; deleted at CLOSE, which every TCP socket passes before it is freed (tcp_done,
  * tcp_disconnect), or else when the socket is destroyed. If the kernel showed neither (tracer.c), the iterator's
  * sweep removes it, and an entry is used only for the socket whose ports it has. Read by the iterator. Full:
  * COUNT_LOST_CONNECTION_MAP. */

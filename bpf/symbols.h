@@ -20,5 +20,6 @@
 /* Tells this run's connection ids from others': 16 bits. */
 #define RUN_ID VALUE(RUN_ID_SYMBOL)
 #define RING_BYTES VALUE(RING_BYTES_SYMBOL)
+#define YOUNG_SLOTS VALUE(YOUNG_SLOTS_SYMBOL)
 
 #endif

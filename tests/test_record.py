@@ -38,6 +38,7 @@ STRUCTS: dict[str, tuple[np.dtype, dict[str, str]]] = {
     "owner": (maps.OWNER, {}),
     "row": (maps.ROW, {}),
     "network": (maps.NETWORK, {}),
+    "young": (maps.YOUNG, {}),
     "connection": (
         maps.CONNECTION,
         {
@@ -48,7 +49,7 @@ STRUCTS: dict[str, tuple[np.dtype, dict[str, str]]] = {
                 "packets_sent",
                 "packets_received",
                 "retransmits",
-                "padding",
+                "spot",
             )
         },
     ),
@@ -128,7 +129,7 @@ def test_the_compiler_would_have_told(tmp_path: Path) -> None:
     assert said.count("error: static") + said.count("error: _Static") == len(wrong)
 
 
-@pytest.mark.parametrize("dtype", [TUPLE, RECORD, maps.TRANSLATION, maps.CONNECTION, maps.ROW, maps.OWNER])
+@pytest.mark.parametrize("dtype", [TUPLE, RECORD, maps.TRANSLATION, maps.CONNECTION, maps.YOUNG, maps.ROW, maps.OWNER])
 def test_no_byte_is_left_undescribed(dtype: np.dtype) -> None:
     assert sum(kind.itemsize for kind, *_ in (dtype.fields or {}).values()) == dtype.itemsize
     assert dtype.itemsize % 8 == 0  # records lie one behind the other in the ring, at multiples of eight

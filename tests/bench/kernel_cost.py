@@ -11,8 +11,11 @@ The programs' sizes are in the table because much of the time is fetching them i
 With --states the time is told by state change and by kind of event: the same instructions are loaded once for each,
 behind some that return at once from what is another's, and attached in the place of the whole.
 
-Run it as root: python -m tests.bench.kernel_cost [--connections N] [--rounds N] [--states] [--json FILE]. It sets the
-sysctl while it runs and puts it back.
+With --held N so many other connections are open meanwhile, from before the tracer came: they have no places among the
+young, and what has none there may be in the connections map (docs/decisions/028).
+
+Run it as root: python -m tests.bench.kernel_cost [--connections N] [--held N] [--rounds N] [--states] [--json FILE]. It
+sets the sysctl while it runs and puts it back.
 """
 
 import argparse
@@ -157,6 +160,14 @@ def drained(capture: Capture) -> Iterator[None]:
         draining.result()
 
 
+@contextmanager
+def holding(cluster: Cluster, count: int) -> Iterator[None]:
+    """So many connections are open meanwhile."""
+    numbers = cluster.clients[0].hold(count, cluster.vip())["number"]
+    yield
+    cluster.clients[0].release(numbers)
+
+
 def apart(capture: Capture) -> tuple[dict[str, int], list[int]]:
     """Puts programs in the place of the capture's that only look at one thing each: (by name, all descriptors)."""
     job = capture._job()
@@ -181,16 +192,17 @@ def apart(capture: Capture) -> tuple[dict[str, int], list[int]]:
     return progs | {name: fd for name, fd in whole.items() if name not in ("socket_state", "conntrack_events")}, others
 
 
-def measure(connections: int, states: bool) -> dict[str, Cost]:
+def measure(connections: int, states: bool, held: int = 0) -> dict[str, Cost]:
     """What each program costs, by its name."""
     with tempfile.TemporaryDirectory() as cache:
-        return _measure(connections, states, cache)
+        return _measure(connections, states, held, cache)
 
 
-def _measure(connections: int, states: bool, cache: str) -> dict[str, Cost]:
+def _measure(connections: int, states: bool, held: int, cache: str) -> dict[str, Cost]:
     # All namespaces, as by default: a list of some is looked at for each connection.
     with (
         Cluster(backends=6, clients=2, conntrack=Conntrack(timeouts=Conntrack.SHORT)) as cluster,
+        holding(cluster, held),
         Capture(Options(node_netns=cluster.node.path, cache=cache)) as capture,
         stats(),
         drained(capture),
@@ -240,12 +252,16 @@ def by_state(rounds: int, connections: int = 20_000) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--connections", type=int, default=20_000)
+    parser.add_argument("--held", type=int, default=0, help="connections that are open meanwhile")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--states", action="store_true", help="tells state changes and events apart")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes every round's figures there, too")
     arguments = parser.parse_args()
-    rounds = [measure(arguments.connections, arguments.states) for _ in range(arguments.rounds)]
-    print(f"{arguments.connections} connections a round, median of {arguments.rounds}; Linux {os.uname().release}")
+    rounds = [measure(arguments.connections, arguments.states, arguments.held) for _ in range(arguments.rounds)]
+    held = f" beside {arguments.held} held" if arguments.held else ""
+    print(
+        f"{arguments.connections} connections a round{held}, median of {arguments.rounds}; Linux {os.uname().release}"
+    )
     for name, first in rounds[0].items():
         ns = statistics.median(cost[name].ns for cost in rounds)
         sizes = f"{first.instructions:6} instructions {first.machine_bytes:6} bytes"

@@ -1,7 +1,9 @@
 """The capture by itself: what user space keeps right in the kernel's maps."""
 
+import ctypes
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -334,11 +336,140 @@ def test_loopback_is_left_out_unless_asked_for(cluster: Cluster) -> None:
 
 def age(capture: Capture, seconds: int, **of: int) -> None:
     """Lets the interval of open connections that look so have begun earlier."""
+
+    def are_meant(row: np.ndarray) -> np.ndarray:
+        found: np.ndarray = np.logical_and.reduce([row[name] == value for name, value in of.items()])
+        return found
+
     sockets, connections = libbpf.map_items(capture.maps.connections, SOCKET_KEY, CONNECTION)
-    row = connections["row"]
-    for place in np.flatnonzero(np.logical_and.reduce([row[name] == value for name, value in of.items()])):
+    row, young = connections["row"], capture.maps.places["connection"]["row"]
+    for place in np.flatnonzero(are_meant(row)):
         row["ts"][place] -= np.uint64(seconds * 10**9)
         assert libbpf.map_update(capture.maps.connections, sockets[place].tobytes(), connections[place].tobytes()) == 0
+    young["ts"][are_meant(young)] -= np.uint64(seconds * 10**9)
+
+
+def spilled(capture: Capture) -> np.ndarray:
+    raw = libbpf.map_lookup(capture.maps.spilled, bytes(4), 4 * maps.SPOTS)
+    assert raw
+    return np.frombuffer(raw, "<u4")
+
+
+@pytest.fixture(params=["with places", "without"])
+def places(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether young connections have places of their own, which they have on x86 alone."""
+    monkeypatch.setattr(maps, "_KEEPS_ORDER", request.param == "with places")
+    return bool(request.param == "with places")
+
+
+def test_young_connections_have_places_and_old_ones_leave_them(cluster: Cluster, places: bool) -> None:
+    with Capture(options(cluster, interval_s=60)) as capture:
+        held = cluster.clients[0].hold(300, cluster.vip())["number"]
+        young = int(np.count_nonzero(capture.maps.places["socket"]))
+        assert (100 < young < 256) if places else not young, "some find theirs taken"
+        assert young + capture.maps.count("connections") == capture.totals()["open_connections"] == 300
+        assert sum(len(sockets) for sockets, _ in capture.maps.open_connections()) == 300
+        assert spilled(capture).sum() == 300 - young
+        age(capture, 61, netns=cluster.client_pods[0].netns.inode)
+        capture.interim(lambda: None)
+        assert len(drained(capture, 300)) == 300
+        assert capture.maps.count("connections") == 300, "they have had a row"
+        assert not capture.maps.places["socket"].any()
+        assert not len(capture.check().found)
+        cluster.clients[1].connect_many(200, cluster.vip(), 100, 100)
+        cluster.clients[0].release(held[:150])
+        rows = drained(capture, 350)
+        assert len(rows) == 350
+        assert set(rows["nat"]) == {Nat.DNAT}
+        until(lambda: capture.totals()["open_connections"] == 150)
+        assert not capture.maps.places["socket"].any()
+        assert capture.maps.places["tickets"].any() != places
+        assert spilled(capture).sum() == 150
+        more = cluster.clients[1].hold(50, cluster.vip())["number"]
+        cluster.node.run(["conntrack", "-F"])
+        until(lambda: capture.counters()["kept"] == 200)  # translations of open ones, wherever those are
+        age(capture, 61, netns=cluster.client_pods[1].netns.inode)
+        capture.interim(lambda: None)
+        assert not capture.maps.places["socket"].any()
+        cluster.clients[1].release(more, reset=True)
+        assert len(drained(capture, 100)) == 100
+        assert len(translations(capture)) == 150, "who kept it lets it go, although he has grown old meanwhile"
+        counted = capture.counters()
+        assert not any(counted[name] for name in ("lost_end", "late_end", "lost_connection_map", "unresolved"))
+
+
+def test_places_that_many_want_at_once_are_all_free_afterwards(cluster: Cluster) -> None:
+    with Capture(options(cluster, interval_s=60, sizes=Sizes(young=2))) as capture:
+        for client in cluster.clients:
+            client.begin_connects(1000, cluster.vip())
+        rows = drained(capture, 2000)
+        for client in cluster.clients:
+            client.finish_connects()
+        assert len(rows) == len(set(rows["conn_id"])) == 2000
+        until(lambda: capture.totals()["open_connections"] == 0)
+        assert not capture.maps.places["tickets"].any()
+        assert not capture.maps.places["socket"].any()
+        assert not spilled(capture).any()
+        counted = capture.counters()
+        assert not any(counted[name] for name in ("lost_end", "late_end", "lost_connection_map"))
+
+
+@pytest.mark.parametrize("where", ["in its place", "in the map"])
+def test_what_an_earlier_socket_left_at_its_address_is_a_lost_end(cluster: Cluster, where: str) -> None:
+    """As one socket that dials twice is at the same address both times."""
+    with Capture(options(cluster, interval_s=60)) as capture:
+        with netns.entered(cluster.client_pods[0].netns.path):
+            dialling = socket.socket()
+        with dialling:
+            dialling.connect(cluster.vip())
+            places = capture.maps.places
+            (place,) = np.flatnonzero(places["socket"])
+            left = places[place].copy()
+            unspecified = bytes(16)  # AF_UNSPEC: connect(2)
+            assert ctypes.CDLL(None).connect(dialling.fileno(), unspecified, len(unspecified)) == 0
+            until(lambda: capture.counters()["closed"] == 1)
+            assert capture.totals()["open_connections"] == 0
+            if where == "in its place":
+                places[place] = left
+            else:  # as when it had grown old
+                key, counts = left["socket"].tobytes(), spilled(capture).copy()
+                counts[left["connection"]["spot"] - 1] += 1
+                assert not libbpf.map_update(capture.maps.connections, key, left["connection"].tobytes())
+                assert not libbpf.map_update(capture.maps.spilled, bytes(4), counts.tobytes())
+            dialling.connect(cluster.vip())
+            assert capture.counters()["lost_end"] == 1
+            assert capture.totals()["open_connections"] == 1
+        rows = drained(capture, 2)
+        assert len(set(rows["conn_id"])) == 2
+        assert set(rows["nat"]) == {Nat.DNAT}
+        assert capture.totals()["open_connections"] == 0
+        assert capture.counters()["lost_end"] == 1
+
+
+def test_a_refusal_that_nobody_claims_is_forgotten(cluster: Cluster, places: bool) -> None:
+    cluster.add_service("refusing", port=86, target_port=9999, served=False)
+    only = tuple(path for path in scope(cluster) if path != cluster.client_pods[0].netns.path)
+    with Capture(options(cluster, only_netns=only, roles=("client",))) as capture:
+        cluster.clients[0].connect_many(4, cluster.vip("refusing"), 100, 100)
+        until(lambda: capture.counters()["conntrack_destroy"] == 4)
+        assert translations(capture)["ended"].all()
+        assert not len(capture.maps.find_connection(0))
+        capture.reconcile()
+        assert not len(translations(capture))
+
+
+def test_a_place_whose_socket_is_gone_is_freed(cluster: Cluster) -> None:
+    with Capture(options(cluster, interval_s=60)) as capture:
+        held = cluster.clients[0].hold(3, cluster.vip())["number"]
+        inode = cluster.client_pods[0].netns.inode
+        age(capture, 100, netns=inode)
+        (taken,) = np.nonzero(capture.maps.places["socket"])
+        gone = capture.maps.places[taken[0]]
+        gone["socket"] = 0xDEAD0000  # as if another had been there, whose end nobody saw
+        capture.sweep(90)
+        assert capture.counters()["lost_end"] == 1
+        assert (gone["socket"], gone["tickets"]) == (0, 0)
+        cluster.clients[0].release(held)
 
 
 def test_only_namespaces_where_rows_wait_are_walked(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,8 @@ def test_what_an_option_leaves_out_is_not_missed(cluster: Cluster) -> None:
 
 
 def test_what_is_broken_is_shown(cluster: Cluster) -> None:
-    with Capture(options(cluster)) as capture:
+    few = Sizes(connections=1024)  # so few that none are in places of young ones
+    with Capture(replace(options(cluster), sizes=few)) as capture:
         held = cluster.clients[0].hold(9, cluster.vip())["number"]
         agreed(capture)
         keys, values = translations(capture)
@@ -154,6 +155,21 @@ def test_what_is_broken_is_shown(cluster: Cluster) -> None:
 
         capture.reconcile()
         assert disagreeing(capture.check()).keys() & {"missing_translations", "stale_translations"} == set()
+        cluster.clients[0].release(held)
+
+
+def test_what_is_broken_among_the_young_is_shown(cluster: Cluster) -> None:
+    with Capture(options(cluster)) as capture:
+        held = cluster.clients[0].hold(9, cluster.vip())["number"]
+        agreed(capture)
+        places = capture.maps.places
+        bent, gone, another = np.flatnonzero(places["socket"])[:3]
+        rows = places["connection"]["row"]
+        rows["backend_port"][bent] = 0
+        places["socket"][gone] = 0
+        rows["tuple"]["src_port"][another] = 1
+        counts = disagreeing(capture.check())
+        assert (counts["missing_connections"], counts["stale_connections"], counts["wrong_backends"]) == (2, 1, 1)
         cluster.clients[0].release(held)
 
 

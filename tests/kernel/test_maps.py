@@ -9,7 +9,7 @@ import pytest
 
 from tracer.errors import TracerError, UsageError
 from tracer.kernel import libbpf
-from tracer.kernel.maps import CONNECTION, CONTROL_PAUSE, TALLY, TRANSLATION, Maps, Sizes
+from tracer.kernel.maps import CONNECTION, CONTROL_PAUSE, SPOTS, TALLY, TRANSLATION, Maps, Sizes
 from tracer.record import RECORD, TUPLE, Counter
 
 SMALL = Sizes(connections=100, translations=100, ring_bytes=1 << 16, listeners=10, namespaces=10)
@@ -81,7 +81,8 @@ def test_nothing_stays_open_and_every_map_is_named() -> None:
     before = open_descriptors()
     maps = Maps.create(SMALL)
     assert set(maps.descriptors()) == {field.name for field in fields(Maps)}
-    assert len(open_descriptors()) == len(before) + len(fields(Maps))
+    mapped = 1  # Python keeps a descriptor of what it has mapped
+    assert len(open_descriptors()) == len(before) + len(fields(Maps)) + mapped
     maps.close()
     assert open_descriptors() == before
 
@@ -109,6 +110,16 @@ def test_counters_are_summed_over_the_cpus() -> None:
         maps.close()
 
 
+def test_young_connections_have_places_where_there_is_room_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracer.kernel.maps._KEEPS_ORDER", True)
+    assert Sizes(connections=4096).places == 256
+    assert Sizes(connections=4095).places == 1
+    assert Sizes(connections=32, young=2).places == 2
+    for young in (0, SPOTS + 1):
+        with pytest.raises(UsageError, match="young"):
+            Sizes(young=young)
+
+
 @pytest.mark.needs("bpf")
 def test_controls_and_layouts_fit_their_maps() -> None:
     maps = Maps.create(SMALL)
@@ -123,8 +134,8 @@ def test_controls_and_layouts_fit_their_maps() -> None:
         keys, values = libbpf.map_items(maps.translations, TUPLE, TRANSLATION)
         assert (keys.tobytes(), values.tobytes()) == (key.tobytes(), value.tobytes())
         row = np.zeros(1, CONNECTION)
-        row["padding"] = 3
+        row["spot"] = 3
         assert libbpf.map_update(maps.connections, bytes(8), row.tobytes()) == 0
-        assert libbpf.map_items(maps.connections, np.dtype("<u8"), CONNECTION)[1]["padding"].tolist() == [3]
+        assert libbpf.map_items(maps.connections, np.dtype("<u8"), CONNECTION)[1]["spot"].tolist() == [3]
     finally:
         maps.close()

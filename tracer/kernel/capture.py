@@ -28,7 +28,6 @@ from tracer.kernel.loader import Job
 from tracer.kernel.maps import (
     CLAIM_DATAGRAM,
     CLAIM_OVER,
-    CONNECTION,
     CONTROL_DIALS,
     CONTROL_DUE,
     CONTROL_MODE,
@@ -45,7 +44,6 @@ from tracer.kernel.maps import (
     MODE_REPORT,
     NETWORK,
     OWNER,
-    SOCKET_KEY,
     TRACED_LOOPBACK,
     TRACED_SERVERS,
     TRANSLATION,
@@ -197,6 +195,7 @@ class Capture:
                 "NODE_NETNS": netns.inode(self.options.node_netns),
                 "RUN_ID": self.options.run_id,
                 "RING_BYTES": self.options.sizes.ring_bytes,
+                "YOUNG_SLOTS": len(self.maps.places),
             },
             node_netns=self.options.node_netns.replace("thread-self", str(os.getpid())),
             cgroups=self._cgroups,
@@ -314,7 +313,9 @@ class Capture:
 
     def totals(self) -> dict[str, int]:
         """`counters`, and the levels of `tracer.store.coverage.GAUGES` (reads both maps)."""
-        levels = {"open_connections": self.maps.count("connections"), "translations": self.maps.count("translations")}
+        young = int(np.count_nonzero(self.maps.places["socket"]))
+        levels = {"open_connections": young + self.maps.count("connections")}
+        levels["translations"] = self.maps.count("translations")
         levels |= {"directional": self._dump_directional, "unentered_namespaces": len(self._unentered)}
         return self.counters() | levels
 
@@ -398,7 +399,7 @@ class Capture:
         met: so that they claim their translation before anybody takes it for another node's."""
         waiting: set[int] = set()
         hanging = max(_boot_ns() - _HANGS_NS, 0)
-        for _, connections in libbpf.map_batches(self.maps.connections, SOCKET_KEY, CONNECTION):
+        for _, connections in self.maps.open_connections():
             row = connections["row"]
             alone = (row["flags"] & Flag.ESTABLISHED == 0) & (row["visited"] == 0) & (row["ts"] <= hanging)
             waiting.update(np.unique(row["netns"][(row["ts"] <= asked) | alone]).tolist())
@@ -460,17 +461,12 @@ class Capture:
         if not waiting:
             return
         walked = self._walk(MODE_REPORT, among=waiting)
-        for sockets, connections in libbpf.map_batches(self.maps.connections, SOCKET_KEY, CONNECTION):
+        for sockets, connections in self.maps.open_connections():
             row = connections["row"]
             met = row["visited"] == self._walks & 0xFFFF
             gone = ~met & (row["ts"] < before) & np.isin(row["netns"], list(walked))
-            for key, conn_id in zip(_elements(sockets[gone], SOCKET_KEY), row["conn_id"][gone], strict=True):
-                self._forget(key, conn_id)
-
-    def _forget(self, key: bytes, conn_id: int) -> None:
-        raw = libbpf.map_lookup(self.maps.connections, key, CONNECTION.itemsize)
-        if raw and np.frombuffer(raw, CONNECTION)["row"]["conn_id"][0] == conn_id:
-            self._lost_end += libbpf.map_delete(self.maps.connections, key)
+            for sk, conn_id in zip(sockets[gone].tolist(), row["conn_id"][gone].tolist(), strict=True):
+                self._lost_end += self.maps.remove_connection(sk, conn_id)
 
     def _wanted(self, inode: int) -> bool:
         mode, listed = self._filter
@@ -563,7 +559,7 @@ class Capture:
         self._flows.withdraw(keys[claimed], values["ct_id"][claimed])
         removed = np.zeros(len(keys), np.bool_)
         for place, key in enumerate(_elements(keys, TUPLE)):
-            if values["ended"][place] and self._is_open(values["socket"][place], values["conn_id"][place]):
+            if values["ended"][place] and self._is_open(int(values["socket"][place]), int(values["conn_id"][place])):
                 continue  # kept for that connection
             raw = libbpf.map_lookup(self.maps.translations, key, TRANSLATION.itemsize)
             if raw and np.frombuffer(raw, TRANSLATION)["ct_id"][0] == values["ct_id"][place]:
@@ -578,9 +574,8 @@ class Capture:
             for key in _elements(without_zone(keys[owners["released"] > 0]), TUPLE):
                 libbpf.map_delete(self.maps.owners, key)
 
-    def _is_open(self, sk: np.uint64, conn_id: np.uint64) -> bool:
-        raw = libbpf.map_lookup(self.maps.connections, sk.tobytes(), CONNECTION.itemsize)
-        return raw is not None and np.frombuffer(raw, CONNECTION)["row"]["conn_id"][0] == conn_id
+    def _is_open(self, sk: int, conn_id: int) -> bool:
+        return bool(self.maps.find_connection(sk)["row"]["conn_id"].tolist() == [conn_id])
 
     def _asked_for(self, records: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What the options leave of rows that are made here; as bpf/flow.h has it for the others."""

@@ -25,6 +25,7 @@ MAP_TYPE_ARRAY = 2
 MAP_TYPE_PERCPU_ARRAY = 6
 MAP_TYPE_LPM_TRIE = 11
 MAP_TYPE_RINGBUF = 27
+BPF_F_MMAPABLE = 1 << 10
 
 #: Elements asked for at once.
 _BATCH = 4096
@@ -72,14 +73,14 @@ class _MapOptions(ctypes.Structure):
     )
 
 
-def map_create(kind: int, name: str, key_size: int, value_size: int, max_entries: int) -> int:
+def map_create(kind: int, name: str, key_size: int, value_size: int, max_entries: int, flags: int = 0) -> int:
     """Makes a map and returns its descriptor.
 
     Raises:
         OSError: the kernel's refusal (EPERM: no privilege; EINVAL: it does not know the type; ENOMEM: too large).
     """
     # A trie cannot be preallocated (BPF_F_NO_PREALLOC).
-    options = _MapOptions(size=ctypes.sizeof(_MapOptions), map_flags=1 if kind == MAP_TYPE_LPM_TRIE else 0)
+    options = _MapOptions(size=ctypes.sizeof(_MapOptions), map_flags=flags | (kind == MAP_TYPE_LPM_TRIE))
     fd = library().bpf_map_create(kind, name.encode(), key_size, value_size, max_entries, ctypes.byref(options))
     if fd < 0:
         code = ctypes.get_errno() or -fd

@@ -6,9 +6,14 @@ live here and the child that compiles only borrows them.
 
 import mmap
 import os
+import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tracer.errors import TracerError, UsageError
 from tracer.kernel import libbpf
@@ -52,8 +57,20 @@ CONNECTION = np.dtype(
         ("packets_sent", "<u4"),
         ("packets_received", "<u4"),
         ("retransmits", "<u4"),
-        ("padding", "<u4"),
+        ("spot", "<u4"),
         ("peer", "V16"),
+    ]
+)
+
+#: Spots that a socket may have (bpf/connection.h); a counter for each.
+SPOTS = 1 << 14
+#: `struct young`: a place for a connection that has not had an interim row; free where `socket` is 0.
+YOUNG = np.dtype(
+    [
+        ("tickets", "<u8"),
+        ("socket", "<u8"),
+        ("connection", CONNECTION),
+        ("reserved", "V40"),
     ]
 )
 
@@ -68,7 +85,8 @@ TRANSLATION = np.dtype(
         ("socket", "<u8"),
         ("created", "<u8"),
         ("ended", "u1"),
-        ("reserved", "u1", (3,)),
+        ("reserved", "u1"),
+        ("spot", "<u2"),
         ("backend_port", ">u2"),
         ("snat_port", ">u2"),
         ("backend", "V16"),
@@ -130,6 +148,8 @@ ZONES = 8
 #: What a preallocated hash element costs besides key and value: struct htab_elem (kernel/bpf/hashtab.c), 48 bytes;
 #: and its share of the bucket array: 16 bytes a bucket, the number of elements rounded up to a power of two.
 _ELEMENT, _BUCKET = 48, 16
+#: Whether stores of one processor are seen by others in their order, which the young connections' places need.
+_KEEPS_ORDER = platform.machine() == "x86_64"
 
 
 @dataclass(frozen=True)
@@ -145,6 +165,8 @@ class Sizes:
     roomless: int = 8_192
     namespaces: int = 1_024
     networks: int = 1_024
+    #: Places for connections that have not had an interim row, beside those above, where these are many more.
+    young: int = 256
 
     def __post_init__(self) -> None:
         page = mmap.PAGESIZE
@@ -162,9 +184,17 @@ class Sizes:
             "roomless",
             "namespaces",
             "networks",
+            "young",
         ):
             if getattr(self, what) < 1:
                 raise UsageError(f"There must be room for at least one of the {what}, not {getattr(self, what)}.")
+        if self.young > SPOTS:
+            raise UsageError(f"There are at most {SPOTS} places for young connections, not {self.young}.")
+
+    @property
+    def places(self) -> int:
+        """How many the map of young connections has; 1 is none."""
+        return self.young if _KEEPS_ORDER and self.connections >= 16 * self.young else 1
 
     def kernel_bytes(self) -> int:
         """Kernel memory of all maps, in bytes: they are preallocated, so this is also what they cost when empty."""
@@ -183,8 +213,33 @@ class Sizes:
             + hash_map(self.roomless, 8, 1)
             + hash_map(self.namespaces, 4, 1)
             + self.ring_bytes
+            + self.places * YOUNG.itemsize
+            + SPOTS * 4
             + cpus * TALLY.itemsize
         )
+
+
+def young(descriptor: int, access: int = mmap.ACCESS_READ) -> npt.NDArray[Any]:
+    """The places of young connections, of YOUNG: the map itself, not a copy. Words are written whole."""
+    size = libbpf.map_info(descriptor).max_entries * YOUNG.itemsize
+    return np.frombuffer(mmap.mmap(descriptor, size, access=access), YOUNG)
+
+
+def connections(young_map: int, hash_map: int) -> Iterator[libbpf.Pair]:
+    """(sockets, of CONNECTION), a batch at a time: the young first, as they only ever move from there to the others.
+
+    What began or ended while the places were read may be left out.
+    """
+    live = young(young_map)
+    places = live.copy()
+    # A place may have changed hands while it was copied. An id is given once.
+    whole = (places["socket"] != 0) & (live["socket"] == places["socket"])
+    whole &= live["connection"]["row"]["conn_id"] == places["connection"]["row"]["conn_id"]
+    places = places[whole]
+    yield places["socket"], places["connection"]
+    for sockets, values in libbpf.map_batches(hash_map, SOCKET_KEY, CONNECTION):
+        new = ~np.isin(sockets, places["socket"])
+        yield sockets[new], values[new]
 
 
 @dataclass
@@ -204,6 +259,8 @@ class Maps:
     roomless: int
     excluded: int
     untracked: int
+    young: int
+    spilled: int
 
     @classmethod
     def create(cls, sizes: Sizes) -> "Maps":
@@ -227,18 +284,65 @@ class Maps:
             "roomless": (hash_map, 8, 1, sizes.roomless),
             "excluded": (libbpf.MAP_TYPE_LPM_TRIE, NETWORK.itemsize, 1, sizes.networks),
             "untracked": (libbpf.MAP_TYPE_LPM_TRIE, NETWORK.itemsize, 4, sizes.networks),
+            "young": (array, 4, YOUNG.itemsize, sizes.places),
+            "spilled": (array, 4, SPOTS * 4, 1),
         }
         made: dict[str, int] = {}
         try:
             for name, (kind, key, value, entries) in wanted.items():
-                made[name] = libbpf.map_create(kind, f"vt_{name}"[:15], key, value, entries)
+                flags = libbpf.BPF_F_MMAPABLE if name == "young" else 0
+                made[name] = libbpf.map_create(kind, f"vt_{name}"[:15], key, value, entries, flags)
         except OSError as error:
             for fd in made.values():
                 os.close(fd)
             raise TracerError(
                 f"{error.strerror}: run as root on Linux 5.8 or newer, and see 'vip-tracer doctor'."
             ) from error
-        return cls(**made)
+        maps = cls(**made)
+        try:
+            if len(maps.places) == 1:  # taken for ever
+                maps.places["tickets"] = 1
+        except OSError as error:
+            maps.close()
+            raise TracerError(f"The BPF map 'vt_young' cannot be mapped into memory: {error.strerror}.") from error
+        return maps
+
+    @cached_property
+    def places(self) -> npt.NDArray[Any]:
+        """The places of young connections, of YOUNG: the map itself, not a copy."""
+        return young(self.young, mmap.ACCESS_WRITE)
+
+    def open_connections(self) -> Iterator[libbpf.Pair]:
+        """(sockets, of CONNECTION), a batch at a time, each connection once: see `connections`."""
+        return connections(self.young, self.connections)
+
+    def find_connection(self, sk: int) -> npt.NDArray[Any]:
+        """The connection of a socket, by its address: one of CONNECTION, or none."""
+        places = self.places
+        if sk:  # 0 marks a place that is free
+            found: npt.NDArray[Any] = places["connection"][places["socket"] == np.uint64(sk)]  # a copy
+            if len(found):
+                return found
+        raw = libbpf.map_lookup(self.connections, sk.to_bytes(8, "little"), CONNECTION.itemsize)
+        return np.frombuffer(raw or b"", CONNECTION)
+
+    def remove_connection(self, sk: int, conn_id: int) -> bool:
+        """Frees the place of a connection whose socket is gone. Whether it was there.
+
+        Should it end just now after all, one is counted as lost too many, or one that takes its place is lost.
+        """
+        places = self.places
+        ids = places["connection"]["row"]["conn_id"]
+        for place in np.flatnonzero(places["socket"] == np.uint64(sk)):
+            if ids[place] != conn_id:
+                return False
+            places["socket"][place] = 0
+            places["tickets"][place] = 0  # nobody else has one for longer than a moment
+            return True
+        if self.find_connection(sk)["row"]["conn_id"].tolist() != [conn_id]:
+            return False
+        # `spilled` stays as it is, and is one too many: what it allows is to look in vain.
+        return libbpf.map_delete(self.connections, sk.to_bytes(8, "little"))
 
     def descriptors(self) -> dict[str, int]:
         """Map name → descriptor."""
@@ -253,6 +357,7 @@ class Maps:
         """Closes every descriptor."""
         for fd in self.descriptors().values():
             os.close(fd)
+        self.__dict__.pop("places", None)  # the kernel frees a mapped map when it is unmapped
 
     def set_control(self, which: int, value: int) -> None:
         """Writes one of the CONTROL_* settings, which the programs read at their next run."""

@@ -14,7 +14,7 @@ from tracer.errors import TracerError
 from tracer.kernel.maps import Maps
 
 #: Values that a program reads, by the name that the sources have for them.
-VALUES = ("NODE_NETNS", "RUN_ID", "RING_BYTES")
+VALUES = ("NODE_NETNS", "RUN_ID", "RING_BYTES", "YOUNG_SLOTS")
 
 _MAPS = tuple(field.name for field in fields(Maps))
 _INSTRUCTION = np.dtype([("code", "u1"), ("registers", "u1"), ("offset", "<i2"), ("immediate", "<u4")])

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracer.errors import NoDataError, TracerError
-from tracer.kernel import conntrack, ledger, libbpf, netns, sockets
+from tracer.kernel import conntrack, ledger, libbpf, maps, netns, sockets
 from tracer.kernel.maps import (
     CONNECTION,
     CONTROL_NETNS_FILTER,
@@ -27,6 +27,7 @@ from tracer.kernel.maps import (
     TRACED_LOOPBACK,
     TRACED_SERVERS,
     TRANSLATION,
+    YOUNG,
 )
 from tracer.record import TUPLE
 
@@ -35,12 +36,13 @@ PAUSE_S = 0.1
 #: The maps that are needed, and the sizes of their keys and values.
 _NEEDED = {
     "connections": (8, CONNECTION.itemsize),
+    "young": (4, YOUNG.itemsize),
     "translations": (TUPLE.itemsize, TRANSLATION.itemsize),
     "control": (4, 8),
     "netns_list": (4, 1),
     "excluded": (NETWORK.itemsize, 1),
 }
-_SOCKET, _NETNS, _FLAG = np.dtype("<u8"), np.dtype("<u4"), np.dtype("u1")
+_NETNS, _FLAG = np.dtype("<u4"), np.dtype("u1")
 
 
 class Running(NamedTuple):
@@ -157,7 +159,8 @@ def look(
     listed = np.concatenate(parts, dtype=sockets.SOCKET)
     keys, values = libbpf.map_items(scope.maps["translations"], TUPLE, TRANSLATION)
     between()
-    connections = libbpf.map_items(scope.maps["connections"], _SOCKET, CONNECTION)[1]
+    parts = [part.copy() for _, part in maps.connections(scope.maps["young"], scope.maps["connections"])]
+    connections = np.concatenate(parts, dtype=CONNECTION)
     between()
     left_out = _left_out(scope, listed)
     whole = not dumped.malformed
