@@ -9,6 +9,9 @@ from analysis.world import World
 
 from tracer import schema
 
+#: All cases are judged in the fixture: two minutes on a slow machine that is busy.
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def judged() -> list[ground_truth.Judged]:
