@@ -12,7 +12,7 @@ import pytest
 from tests.bench import page, said
 from tests.bench.said import Accepted, Of, Row, conntrack, counted, joined, score, tcplife, tcpstates
 from tests.bench.side_by_side import Line, ratio
-from tests.bench.tools import Command, Tools, losses
+from tests.bench.tools import Command, Tools, losses, resident
 from tests.bench.workloads import Done
 from tracer.lab.netns import Namespace, wait_until
 
@@ -112,6 +112,20 @@ def test_a_tools_own_word_of_its_losses_is_summed() -> None:
 def test_the_ratio_of_a_mix_does_not_go_by_its_quickest_part() -> None:
     without = {"short": Done(10, 0, 10.0), "failed": Done(1000, 0, 1000.0)}
     assert ratio(without, {"short": Done(5, 0, 5.0), "failed": Done(2000, 0, 2000.0)}) == pytest.approx(1.0)
+
+
+def test_a_tool_that_is_ending_has_its_own_words() -> None:
+    """Its memory is gone before its exit code is there."""
+    begun = iter(range(9))
+
+    def check() -> None:
+        if next(begun):
+            raise RuntimeError("it ended (exit code 3): no more")
+
+    tool: Any = SimpleNamespace(pids=[2**30], check=check)
+    tool.check()
+    with pytest.raises(RuntimeError, match="no more"):
+        resident(tool)
 
 
 class Clients:

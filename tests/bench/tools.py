@@ -333,4 +333,9 @@ def tools() -> dict[str, Make]:
 
 def resident(tool: Tool, most: bool = False) -> int:
     """Bytes of memory that its processes hold now, or have held at the most, together."""
-    return sum(memory(pid, "VmHWM" if most else "VmRSS") for pid in tool.pids)
+    try:
+        return sum(memory(pid, "VmHWM" if most else "VmRSS") for pid in tool.pids)
+    except RuntimeError:
+        time.sleep(0.2)  # one is ending: how it did is known in a moment
+        tool.check()
+        raise
