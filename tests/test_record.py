@@ -91,6 +91,7 @@ def assertions() -> list[str]:
             lines.append(f"offsetof(struct {struct}, {c_name}) == {offset}")
             lines.append(f"sizeof(((struct {struct} *)0)->{c_name}) == {kind.itemsize}")
     lines.append(f"sizeof(struct dial) == {maps.DIAL_BYTES}")
+    lines.append(f"1 << SPOT_BITS == {maps.SPOTS}")
     for _, values in ENUMS.values():
         lines += [f"{name} == {value}" for name, value in values.items()]
     return lines
